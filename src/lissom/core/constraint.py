@@ -1,0 +1,224 @@
+"""What the compressed weights must satisfy: a pattern of zeros, a grid of levels, or both.
+
+``score`` and ``w`` have shape (rows, columns). A pattern's ``select`` returns the weights to *keep*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import gcd
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from .grid import Grid, GridParams
+
+Comparison = Literal["layer", "row"]
+
+
+@runtime_checkable
+class Pattern(Protocol):
+    """Where zeros must be."""
+
+    @property
+    def width(self) -> int:
+        """Columns that are decided together: a solver cuts its blocks at multiples of this."""
+        ...
+
+    def select(self, score: Tensor, at: int = 0) -> Tensor:
+        """Keep-mask (bool, shape of ``score``) for the columns that start at column ``at``."""
+        ...
+
+
+def keep_largest(score: Tensor, drop: int) -> Tensor:
+    """Keep-mask that drops exactly ``drop`` entries of each row of ``score``, the smallest ones.
+
+    Ties are broken by position (the first of equals goes), so the count is exact.
+    """
+    columns = score.shape[1]
+    if drop <= 0:
+        return torch.ones_like(score, dtype=torch.bool)
+    if drop >= columns:
+        return torch.zeros_like(score, dtype=torch.bool)
+    threshold = score.kthvalue(drop, dim=1, keepdim=True).values
+    below, equal = score < threshold, score == threshold
+    missing = drop - below.sum(1, keepdim=True)
+    return ~(below | (equal & (equal.cumsum(1) <= missing)))
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """Unstructured sparsity: the fraction ``p`` of zeros, compared over the whole block or per row."""
+
+    p: float
+    per: Comparison = "layer"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.p < 1:
+            raise ValueError(f"sparsity must be in [0, 1), not {self.p}")
+
+    width = 1
+
+    def select(self, score: Tensor, at: int = 0) -> Tensor:
+        view = score if self.per == "row" else score.reshape(1, -1)
+        return keep_largest(view, round(self.p * view.shape[1])).reshape(score.shape)
+
+
+@dataclass(frozen=True)
+class NM:
+    """Semi-structured sparsity: at most ``n`` of every ``m`` consecutive inputs of a row are kept.
+
+    "2:4" keeps two of four. Any 1 ≤ n ≤ m ≤ 32.
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n <= self.m <= 32:
+            raise ValueError(f"N:M needs 1 ≤ N ≤ M ≤ 32, not {self.n}:{self.m}")
+
+    @property
+    def width(self) -> int:
+        return self.m
+
+    @property
+    def p(self) -> float:
+        return 1 - self.n / self.m
+
+    def select(self, score: Tensor, at: int = 0) -> Tensor:
+        if score.shape[1] % self.m:
+            raise ValueError(f"{self.n}:{self.m} does not divide {score.shape[1]} columns")
+        return keep_largest(score.reshape(-1, self.m), self.m - self.n).reshape(score.shape)
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A mask chosen before: ``mask`` bool (out, in), True = keep."""
+
+    mask: Tensor
+
+    width = 1
+
+    @property
+    def p(self) -> float:
+        return 1 - float(self.mask.float().mean())
+
+    def select(self, score: Tensor, at: int = 0) -> Tensor:
+        return self.mask[:, at : at + score.shape[1]]
+
+
+@dataclass(frozen=True)
+class Both:
+    """A pattern of zeros and a grid of levels; either may be None (dense, or full precision)."""
+
+    pattern: Sparse | NM | Fixed | None = None
+    grid: Grid | None = None
+
+    def project(self, w: Tensor, score: Tensor | None = None) -> Tensor:
+        """Nearest weights that satisfy the constraint, keeping the largest ``score`` (default |w|)."""
+        return Stack(((w.shape[0], self),)).project(w, score)
+
+
+Constraint = Sparse | NM | Fixed | Grid | Both
+
+
+def both(constraint: Constraint | None) -> Both:
+    """The same constraint in the one general form."""
+    if constraint is None:
+        return Both()
+    if isinstance(constraint, Both):
+        return constraint
+    return Both(grid=constraint) if isinstance(constraint, Grid) else Both(pattern=constraint)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Constraints of layers that share their input, stacked by rows: ``parts = ((rows, Both), …)``.
+
+    Layers of one stack are solved in one sweep, each under its own budget. All parts have a grid or
+    none has, with equal group sizes (bits may differ).
+    """
+
+    parts: tuple[tuple[int, Both], ...]
+
+    def __post_init__(self) -> None:
+        sizes = {part.grid.group_size if part.grid else "none" for _, part in self.parts}
+        if len(sizes) > 1:
+            raise ValueError(f"stacked layers must agree on having a grid and on its group size, not {sizes}")
+
+    @classmethod
+    def of(cls, constraint: Constraint | Stack | None, rows: int) -> Stack:
+        return constraint if isinstance(constraint, Stack) else cls(((rows, both(constraint)),))
+
+    @property
+    def rows(self) -> int:
+        return sum(rows for rows, _ in self.parts)
+
+    @property
+    def sparse(self) -> bool:
+        return any(part.pattern is not None for _, part in self.parts)
+
+    @property
+    def quantized(self) -> bool:
+        return self.parts[0][1].grid is not None
+
+    @property
+    def group_size(self) -> int | None:
+        grid = self.parts[0][1].grid
+        return grid.group_size if grid else None
+
+    @property
+    def width(self) -> int:
+        """Least common multiple of the patterns' widths."""
+        width = 1
+        for _, part in self.parts:
+            w = part.pattern.width if part.pattern else 1
+            width = width * w // gcd(width, w)
+        return width
+
+    def slices(self) -> list[tuple[slice, Both]]:
+        out, start = [], 0
+        for rows, part in self.parts:
+            out.append((slice(start, start + rows), part))
+            start += rows
+        return out
+
+    def select(self, score: Tensor, at: int = 0) -> Tensor:
+        keep = torch.ones_like(score, dtype=torch.bool)
+        for rows, part in self.slices():
+            if part.pattern is not None:
+                keep[rows] = part.pattern.select(score[rows], at)
+        return keep
+
+    def fit(self, w: Tensor) -> GridParams:
+        """Grid parameters of one group of columns, (rows, 1)."""
+        return _cat([part.grid.fit(w[rows]) for rows, part in self.slices() if part.grid])
+
+    def fit_all(self, w: Tensor) -> GridParams:
+        """Grid parameters of every group, (rows, groups)."""
+        return _cat([part.grid.fit_all(w[rows]) for rows, part in self.slices() if part.grid])
+
+    def freeze(self, mask: Tensor) -> Stack:
+        """The same grids under a mask that is already chosen, ``mask: (rows, in)``."""
+        return Stack(tuple((s.stop - s.start, Both(Fixed(mask[s]), part.grid)) for s, part in self.slices()))
+
+    def project(self, w: Tensor, score: Tensor | None = None) -> Tensor:
+        if self.sparse:
+            w = w * self.select(w.abs() if score is None else score)
+        if not self.quantized:
+            return w
+        params = self.fit_all(w)
+        grouped = w.reshape(w.shape[0], params.scale.shape[1], -1)
+        wide = GridParams(params.scale[..., None], params.zero[..., None], params.levels[..., None])
+        return wide.project(grouped).reshape(w.shape)
+
+
+def _cat(parts: Sequence[GridParams]) -> GridParams:
+    if len(parts) == 1:
+        return parts[0]
+    return GridParams(
+        torch.cat([p.scale for p in parts]), torch.cat([p.zero for p in parts]), torch.cat([p.levels for p in parts])
+    )

@@ -1,0 +1,72 @@
+"""The one factorisation on which all second-order solvers stand.
+
+For the damped layer Hessian ``H`` (in, in) we need ``U`` upper triangular with ``H⁻¹ = Uᵀ U``: row j of
+the inverse of the trailing block is ``U_jj · U[j, j:]`` (methods/01 §2.1). Writing ``H = R Rᵀ`` with R
+*upper* triangular (a Cholesky factorisation of the index-reversed matrix) gives ``U = R⁻¹`` with one
+factorisation and one triangular inverse; the reference codes invert H and factorise again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import NumericalError
+
+_ESCALATIONS = 8
+
+
+@dataclass(frozen=True)
+class Factor:
+    """``U: (in, in)`` upper triangular, ``H⁻¹ = UᵀU`` for the *ordered, damped* Hessian.
+
+    ``dead``: (in,) bool, inputs that were zero on all tokens (their weights are set to zero).
+    ``damping``: the fraction of the mean diagonal that was added in the end (escalated ×10 until the
+    matrix is positive definite). ``order``: (in,) the column permutation, or None.
+    """
+
+    U: Tensor
+    dead: Tensor
+    damping: float
+    order: Tensor | None = None
+
+    @property
+    def diagonal(self) -> Tensor:
+        """``U_jj``, (in,), in the order of :attr:`order`."""
+        return self.U.diagonal()
+
+
+def damped(H: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+    """``H + fraction · mean(diag H) · I`` with dead inputs set to 1, and the mask of dead inputs."""
+    H = H.clone()
+    diagonal = H.diagonal()
+    dead = diagonal == 0
+    alive = ~dead
+    mean = diagonal[alive].mean() if bool(alive.any()) else diagonal.new_ones(())
+    diagonal[dead] = mean
+    diagonal += fraction * mean
+    return H, dead
+
+
+def factorise(H: Tensor, damping: float = 0.01, order: Tensor | None = None) -> Factor:
+    """Factor of the damped Hessian; raises :class:`NumericalError` when no damping helps."""
+    if not bool(torch.isfinite(H).all()):
+        raise NumericalError("the Gram matrix is not finite: the calibration activations overflow or hold NaN")
+    if order is not None:
+        H = H[order][:, order]
+    fraction = damping
+    for _ in range(_ESCALATIONS):
+        D, dead = damped(H, fraction)
+        L, info = torch.linalg.cholesky_ex(D.flip(0, 1))
+        if int(info) == 0:
+            R = L.flip(0, 1)
+            U = torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype), upper=True)
+            if bool(torch.isfinite(U).all()):
+                return Factor(U, dead, fraction, order)
+        fraction = max(fraction, 1e-4) * 10
+    raise NumericalError(
+        f"the Gram matrix is not positive definite even with damping {fraction / 10:g}: "
+        "use more calibration text, or exclude the layer with `ignore`"
+    )

@@ -1,0 +1,45 @@
+"""One row of a family's ``METHODS`` table: a published method, its settings and its function."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Method:
+    """``name`` in recipes; ``summary`` one line; ``source`` the paper; ``config`` a frozen dataclass of settings.
+
+    ``kind`` says what ``run`` is, and so where the pipeline calls it:
+
+    =============  ==========================================================================
+    ``solver``     ``run(problem: Problem, config) -> Solved``, layer by layer while blocks stream by
+    ``allocation`` ``run(layers: list[LayerSummary], target: float, config) -> Budget``; with
+                   ``summarise(problems: list[Problem], config) -> list[dict[str, float]]`` per block
+                   (one dict for each name of each problem, in order)
+    ``transform``  ``run(model, context, config) -> model``: rewrites or trains the whole model
+    =============  ==========================================================================
+
+    ``needs``: any of "gram", "inputs" (norms and means only), "gradients", "data", "teacher", "training".
+    ``makes``: any of "zeros", "codes" – which constraints a solver accepts beyond the plain one.
+    """
+
+    name: str
+    family: str
+    kind: str
+    summary: str
+    source: str
+    config: type
+    run: Callable[..., Any]
+    needs: frozenset[str] = frozenset()
+    makes: frozenset[str] = frozenset()
+    summarise: Callable[..., Any] | None = None
+
+    def settings(self) -> Mapping[str, Any]:
+        """Setting name → default."""
+        return {
+            f.name: (f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default)
+            for f in dataclasses.fields(self.config)
+        }

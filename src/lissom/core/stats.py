@@ -1,0 +1,105 @@
+"""Statistics of the inputs of a linear layer, gathered batch by batch.
+
+``X: (tokens, in)``. Adding up two batches, two files or two ranks of a cluster is :func:`merge`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_LEAF = 160  # below this width one full product beats splitting into symmetric halves
+
+
+def gram_product(X: Tensor) -> Tensor:
+    """``Xᵀ X``, shape (in, in), computing each symmetric pair of blocks once.
+
+    Halving recursively does 5/8 of the multiplications of the full product at depth two;
+    BLAS ``syrk`` would do half, but torch does not expose it.
+    """
+    width = X.shape[1]
+    out = X.new_empty(width, width)
+
+    def fill(lo: int, hi: int) -> None:
+        if hi - lo <= _LEAF:
+            out[lo:hi, lo:hi] = X[:, lo:hi].T @ X[:, lo:hi]
+            return
+        mid = (lo + hi) // 2
+        fill(lo, mid)
+        fill(mid, hi)
+        cross = X[:, lo:mid].T @ X[:, mid:hi]
+        out[lo:mid, mid:hi] = cross
+        out[mid:hi, lo:mid] = cross.T
+
+    fill(0, width)
+    return out
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Sums over the tokens seen so far.
+
+    Shapes: ``sum``, ``sumsq``, ``absmax``: (in,); ``gram``: (in, in) or None when no method needs it.
+    ``gram`` is the plain sum ``Σ x xᵀ``; the layer Hessian of the papers is :attr:`hessian`.
+    """
+
+    count: int
+    sum: Tensor
+    sumsq: Tensor
+    absmax: Tensor
+    gram: Tensor | None = None
+
+    @classmethod
+    def empty(cls, width: int, gram: bool = True, dtype: torch.dtype = torch.float32) -> Stats:
+        zero = torch.zeros(width, dtype=dtype)
+        return cls(0, zero, zero, zero, torch.zeros(width, width, dtype=dtype) if gram else None)
+
+    @classmethod
+    def of(cls, X: Tensor, gram: bool = True) -> Stats:
+        """Statistics of one batch ``X: (tokens, in)``."""
+        X = X.reshape(-1, X.shape[-1])
+        squares = gram_product(X) if gram else None
+        sumsq = squares.diagonal().clone() if squares is not None else X.square().sum(0)
+        absmax = X.abs().amax(0) if X.shape[0] else X.new_zeros(X.shape[1])
+        return cls(X.shape[0], X.sum(0), sumsq, absmax, squares)
+
+    def update(self, X: Tensor) -> Stats:
+        return merge(self, Stats.of(X.to(self.sum.dtype), self.gram is not None))
+
+    @property
+    def width(self) -> int:
+        return self.sum.shape[0]
+
+    @property
+    def mean(self) -> Tensor:
+        """E[x] per input, (in,)."""
+        return self.sum / max(self.count, 1)
+
+    @property
+    def variance(self) -> Tensor:
+        """Var[x] per input, (in,), never negative."""
+        return (self.sumsq / max(self.count, 1) - self.mean.square()).clamp_min(0)
+
+    @property
+    def norm(self) -> Tensor:
+        """‖X_c‖₂ of each input column over all tokens, (in,)."""
+        return self.sumsq.clamp_min(0).sqrt()
+
+    @property
+    def hessian(self) -> Tensor:
+        """``H = (2/count) Σ x xᵀ``, (in, in): the Hessian of the mean squared output error of one row."""
+        if self.gram is None:
+            raise ValueError("these statistics were gathered without a Gram matrix")
+        return self.gram * (2.0 / max(self.count, 1))
+
+
+def merge(a: Stats, b: Stats) -> Stats:
+    """Statistics of the union of two sets of tokens; associative and commutative."""
+    if a.width != b.width or (a.gram is None) != (b.gram is None):
+        raise ValueError(f"cannot merge statistics of widths {a.width} and {b.width}")
+    gram = None if a.gram is None or b.gram is None else a.gram + b.gram
+    return Stats(
+        a.count + b.count, a.sum + b.sum, a.sumsq + b.sumsq, torch.maximum(a.absmax, b.absmax), gram
+    )

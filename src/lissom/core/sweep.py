@@ -1,0 +1,165 @@
+"""One error-feedback sweep over columns: GPTQ, SparseGPT and their joint form (methods/01 §3, 02 §13).
+
+Columns are decided from left to right. With ``H⁻¹ = UᵀU``, the error of column j in row r is
+
+    e = (w_rj − q_rj) / U_jj,        W[r, k] ← W[r, k] − e · U_jk   for k > j,        loss = ½ e²,
+
+which is the optimal update of the columns that are still free, under the assumption that all columns
+before j are fixed in every row. What ``q`` may be is the constraint's business: zero where the pattern
+drops the weight, the nearest level where there is a grid. Work inside a block of columns is done on
+transposed copies (a column of W is then contiguous); the columns after the block are updated by one
+matrix product.
+
+    zero + level choice   select at block starts (unstructured) or every m columns (N:M);
+                          grids fitted at each group start on the *current* weights
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .constraint import Fixed
+from .factor import Factor
+from .grid import Codes, GridParams
+from .problem import Problem, Solved
+
+_BLOCK = 128
+
+
+def block_width(problem: Problem, wanted: int = _BLOCK) -> int:
+    """A block width at which N:M groups and quantization groups begin together with blocks."""
+    columns = problem.weight.shape[1]
+    unit = problem.constraint.width
+    group = problem.constraint.group_size
+    if group is not None and group < columns:
+        unit = math.lcm(unit, group)
+    return min(columns, unit * max(1, wanted // unit))
+
+
+def sweep(
+    problem: Problem,
+    factor: Factor,
+    block: int = _BLOCK,
+    static_groups: bool = False,
+    target: Tensor | None = None,
+) -> Solved:
+    """Solve ``problem`` with error feedback under the factor's column order.
+
+    ``static_groups`` fits every grid on the original weights first; it is forced when the factor has an
+    order, so that groups stay contiguous in the stored layout. ``target``: weights to approximate
+    instead of the dense ones (out, in).
+    """
+    constraint = problem.constraint
+    W = (problem.weight if target is None else target).clone()
+    W[:, factor.dead if factor.order is None else _unordered(factor)] = 0
+    rows, columns = W.shape
+    order, U = factor.order, factor.U
+    group = constraint.group_size or columns
+    if constraint.sparse and order is not None and constraint.width > 1:
+        raise ValueError("N:M patterns cannot be swept in activation order: groups would not be contiguous")
+    width = block_width(problem, block)
+
+    static: GridParams | None = None
+    if constraint.quantized and (static_groups or order is not None or group >= columns):
+        static = constraint.fit_all(W)
+    if order is not None:
+        W = W[:, order]
+    group_of = (torch.arange(columns) if order is None else order) // group
+
+    Q = torch.empty_like(W)
+    keep_all = torch.empty_like(W, dtype=torch.bool) if constraint.sparse else None
+    values = torch.empty(rows, columns, dtype=torch.uint8) if constraint.quantized else None
+    fitted: list[GridParams] = []
+    loss = torch.zeros(rows, dtype=W.dtype)
+    params: GridParams | None = None
+
+    for start in range(0, columns, width):
+        stop = min(start + width, columns)
+        span = stop - start
+        w = W[:, start:stop].T.contiguous()  # (span, rows)
+        errors = torch.empty_like(w)
+        u = U[start:stop, start:stop]
+        d = u.diagonal()
+        keep: Tensor | None = None
+        q_block = torch.empty_like(w)
+        if constraint.sparse and constraint.width == 1:
+            keep = _select(problem, (w / d[:, None]).square().T, start, stop, order).T.contiguous()
+        elif constraint.sparse:
+            keep = torch.empty_like(w, dtype=torch.bool)
+        for i in range(span):
+            column = start + i
+            if keep is not None and constraint.width > 1 and i % constraint.width == 0:
+                end = i + constraint.width
+                score = (w[i:end] / d[i:end, None]).square().T
+                keep[i:end] = constraint.select(score, column).T
+            if constraint.quantized:
+                if static is not None:
+                    g = int(group_of[column])
+                    params = GridParams(static.scale[:, g], static.zero[:, g], static.levels[:, g])
+                elif column % group == 0:
+                    # the block's own columns are newest in `w`, later ones in `W`
+                    ahead = [w[i : i + group].T]
+                    if keep is not None and constraint.width == 1:
+                        ahead = [(w[i : i + group] * keep[i : i + group]).T]
+                    if i + group > span:
+                        ahead.append(W[:, stop : column + group])
+                    fit = constraint.fit(torch.cat(ahead, 1))
+                    fitted.append(fit)
+                    params = GridParams(fit.scale[:, 0], fit.zero[:, 0], fit.levels[:, 0])
+            value = w[i]
+            q = value
+            if keep is not None:
+                q = q * keep[i]
+            if params is not None:
+                code = params.round(q)
+                assert values is not None
+                values[:, column] = code.to(torch.uint8)
+                q = params.decode(code)
+            q_block[i] = q
+            e = (value - q) / d[i]
+            errors[i] = e
+            if i + 1 < span:
+                w[i + 1 :].addr_(u[i, i + 1 :], e, alpha=-1)
+        loss += 0.5 * errors.square().sum(0)
+        Q[:, start:stop] = q_block.T
+        if keep_all is not None and keep is not None:
+            keep_all[:, start:stop] = keep.T
+        if stop < columns:
+            W[:, stop:].addmm_(errors.T, U[start:stop, stop:], alpha=-1)
+
+    if order is not None:
+        inverse = order.argsort()
+        Q = Q[:, inverse]
+        keep_all = keep_all[:, inverse] if keep_all is not None else None
+        values = values[:, inverse] if values is not None else None
+    codes = None
+    if values is not None:
+        scales = static or GridParams(*(torch.cat([getattr(f, k) for f in fitted], 1) for k in ("scale", "zero", "levels")))
+        codes = Codes(values.contiguous(), scales.scale, scales.zero, int(scales.levels.max()).bit_length() - 1)
+    notes = {"damping": factor.damping, "dead": float(factor.dead.sum())}
+    return Solved(Q.contiguous(), codes, keep_all, loss, notes)
+
+
+def _select(problem: Problem, score: Tensor, start: int, stop: int, order: Tensor | None) -> Tensor:
+    """Keep-mask of one block; a fixed mask is looked up in the stored order of columns."""
+    if order is None:
+        return problem.constraint.select(score, start)
+    columns = order[start:stop]
+    keep = torch.ones_like(score, dtype=torch.bool)
+    for rows, part in problem.constraint.slices():
+        if isinstance(part.pattern, Fixed):
+            keep[rows] = part.pattern.mask[:, columns]
+        elif part.pattern is not None:
+            keep[rows] = part.pattern.select(score[rows], start)
+    return keep
+
+
+def _unordered(factor: Factor) -> Tensor:
+    """The dead inputs in the stored order of columns."""
+    assert factor.order is not None
+    dead = torch.zeros_like(factor.dead)
+    dead[factor.order] = factor.dead
+    return dead
