@@ -100,6 +100,4 @@ def merge(a: Stats, b: Stats) -> Stats:
     if a.width != b.width or (a.gram is None) != (b.gram is None):
         raise ValueError(f"cannot merge statistics of widths {a.width} and {b.width}")
     gram = None if a.gram is None or b.gram is None else a.gram + b.gram
-    return Stats(
-        a.count + b.count, a.sum + b.sum, a.sumsq + b.sumsq, torch.maximum(a.absmax, b.absmax), gram
-    )
+    return Stats(a.count + b.count, a.sum + b.sum, a.sumsq + b.sumsq, torch.maximum(a.absmax, b.absmax), gram)

@@ -137,7 +137,9 @@ def sweep(
         values = values[:, inverse] if values is not None else None
     codes = None
     if values is not None:
-        scales = static or GridParams(*(torch.cat([getattr(f, k) for f in fitted], 1) for k in ("scale", "zero", "levels")))
+        scales = static or GridParams(
+            *(torch.cat([getattr(f, k) for f in fitted], 1) for k in ("scale", "zero", "levels"))
+        )
         codes = Codes(values.contiguous(), scales.scale, scales.zero, int(scales.levels.max()).bit_length() - 1)
     notes = {"damping": factor.damping, "dead": float(factor.dead.sum())}
     return Solved(Q.contiguous(), codes, keep_all, loss, notes)

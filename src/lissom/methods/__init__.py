@@ -1,0 +1,9 @@
+"""All published methods, one file each. Methods are pure functions of tensors and one frozen config."""
+
+from ..core import Method
+from . import allocate, prune, quantize
+
+FAMILIES = {"prune": prune.METHODS, "quantize": quantize.METHODS, "allocate": allocate.METHODS}
+METHODS: dict[str, Method] = {name: m for table in FAMILIES.values() for name, m in table.items()}
+
+__all__ = ["FAMILIES", "METHODS"]

@@ -1,0 +1,28 @@
+"""Allocation: how a budget is shared over layers, whatever method spends it."""
+
+from ...core import Method
+from . import equal_marginal as _marginal
+from . import loss_clusters as _clusters
+from . import owl as _owl
+from .uniform import Uniform, uniform
+
+METHODS = {
+    m.name: m
+    for m in (
+        Method("uniform", "allocate", "allocation", "the same for every layer", "baseline", Uniform, uniform),
+        Method(
+            "owl", "allocate", "allocation", "blocks with more outliers keep more", "arXiv 2310.05175",
+            _owl.OWL, _owl.owl, needs=frozenset({"inputs"}), summarise=_owl.summarise,
+        ),
+        Method(
+            "loss-clusters", "allocate", "allocation", "groups of layers by K-means on the log of their loss",
+            "arXiv 2409.20094", _clusters.LossClusters, _clusters.loss_clusters, needs=frozenset({"gram"}),
+            summarise=_clusters.summarise,
+        ),
+        Method(
+            "equal-marginal", "allocate", "allocation", "one more zero costs the same in every layer",
+            "methods/01 §2.5", _marginal.EqualMarginal, _marginal.equal_marginal, needs=frozenset({"gram"}),
+            summarise=_marginal.summarise,
+        ),
+    )
+}  # fmt: skip

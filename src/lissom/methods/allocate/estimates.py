@@ -1,0 +1,59 @@
+"""The pruning loss of a layer, estimated from the rows of its inverse Hessian (methods/01 §2.3).
+
+Per-weight score ``E[r, c] = W[r, c]² / (2 U_cc²)``: the loss of removing one weight when all columns
+before it are gone in every row, an upper bound of the exact loss that is tight as sparsity grows.
+
+    A   mean of E over the layer, mask-free
+    B   mean over the weights that the target would remove: the lowest scores of each block of 128 columns
+    C   the measured loss of one real SparseGPT pass at the target, Σ losses / (R·C)
+
+``output-energy`` divides by ½ tr(W H Wᵀ)/(R·C). Raw losses grow with depth and activation scale; relative
+ones compare layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from ...core import Both, Problem, Sparse, Stack, sweep
+
+Estimate = Literal["A", "B", "C"]
+Normalize = Literal["none", "output-energy"]
+_COLUMNS = 128
+
+
+def layer_losses(
+    problems: Sequence[Problem], estimate: Estimate, normalize: Normalize, target: float, damping: float
+) -> list[float]:
+    """One number per layer of each stack, in order."""
+    out = []
+    for problem in problems:
+        d = problem.factor(damping).diagonal
+        columns = problem.weight.shape[1]
+        energy = problem.energy() if normalize == "output-energy" else None
+        if estimate == "C":
+            rows = [r.stop - r.start for r, _ in problem.constraint.slices()]
+            stack = Stack(tuple((n, Both(Sparse(target))) for n in rows))
+            losses = sweep(Problem(problem.weight, problem.stats, stack), problem.factor(damping)).error
+        else:
+            losses = None
+        for rows, _ in problem.constraint.slices():
+            W = problem.weight[rows]
+            if losses is not None:
+                total = float(losses[rows].sum())
+            else:
+                E = W.square() / (2 * d.square())
+                if estimate == "A":
+                    total = float(E.sum())
+                else:
+                    total = 0.0
+                    for block in E.split(_COLUMNS, 1):
+                        drop = round(target * block.numel())
+                        flat = block.reshape(-1)
+                        total += float(flat.topk(drop, largest=False, sorted=False).values.sum()) if drop else 0.0
+            total /= (rows.stop - rows.start) * columns
+            if energy is not None:
+                total /= max(float(energy[rows].sum()) / ((rows.stop - rows.start) * columns), 1e-30)
+            out.append(total)
+    return out

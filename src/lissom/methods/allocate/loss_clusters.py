@@ -1,0 +1,115 @@
+"""Layer-wise sparsity scheduler: layers are grouped by the logarithm of their pruning loss, groups share the budget.
+
+    x_l = log10 ē_l                      ē_l: :mod:`.estimates`
+    K-means in one dimension, exact by dynamic programming; cluster 1 has the smallest loss
+    ladder    u_k = (μ_k − μ_min)/(μ_max − μ_min),   s_l = S + λ (ū − u_k(l))      λ = ``spread``
+    marginal  s_k = 2Φ(√(λ/ē_k^α)) − 1: equal marginal loss of Gaussian weights, α = ``spread``
+
+All maps meet Σ n_l s_l = S Σ n_l exactly after clipping. ``spread`` 0 is uniform, bit for bit.
+Source: Zhang, Chen, He, Zhang 2024 (arXiv 2409.20094). Confirmed there: the mean loss from rows of the inverse
+Hessian, K-means on its logarithm, groups share the budget. Ours: the normalisations, K, both maps (methods/01 §2.4–2.5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy.stats import norm
+
+from ...core import Budget, LayerSummary, Problem
+from .budget import bounds, meet
+from .estimates import Estimate, Normalize, layer_losses
+
+
+@dataclass(frozen=True)
+class LossClusters:
+    """``estimate`` A|B|C, ``normalize`` none|output-energy, ``clusters`` K, ``map`` ladder|marginal,
+    ``spread`` λ (ladder: width between first and last group; marginal: α), ``granularity`` linear|block,
+    ``below``/``above``: budgets stay within [S − below, S + above]. ``target`` is used by estimates B and C.
+    """
+
+    estimate: Estimate = "A"
+    normalize: Normalize = "output-energy"
+    clusters: int = 5
+    map: Literal["ladder", "marginal"] = "ladder"
+    spread: float = 0.10
+    granularity: Literal["linear", "block"] = "linear"
+    below: float = 0.25
+    above: float = 0.15
+    damping: float = 0.01
+    target: float = 0.7
+
+
+def summarise(problems: Sequence[Problem], config: LossClusters) -> list[dict[str, float]]:
+    """Loss per layer of one block (averaged over the block, weighted by size, when asked)."""
+    losses = layer_losses(problems, config.estimate, config.normalize, config.target, config.damping)
+    if config.granularity == "block":
+        sizes = [rows * p.weight.shape[1] for p in problems for rows, _ in p.constraint.parts]
+        losses = [float(np.average(losses, weights=sizes))] * len(losses)
+    return [{"loss": loss} for loss in losses]
+
+
+def kmeans_1d(x: Sequence[float], k: int) -> list[int]:
+    """Labels 0 … k−1 by rising centroid; optimal within-cluster squares by dynamic programming, O(k n²)."""
+    order = np.argsort(x, kind="stable")
+    v = np.asarray(x, float)[order]
+    n = len(v)
+    k = min(k, len(np.unique(v)))
+    s, q = np.concatenate([[0.0], v.cumsum()]), np.concatenate([[0.0], (v * v).cumsum()])
+
+    def cost(i: int, j: int) -> float:  # of v[i:j]
+        return max(0.0, q[j] - q[i] - (s[j] - s[i]) ** 2 / (j - i))
+
+    best = np.full((k + 1, n + 1), np.inf)
+    cut = np.zeros((k + 1, n + 1), int)
+    best[0, 0] = 0.0
+    for c in range(1, k + 1):
+        for j in range(c, n + 1):
+            trials = [best[c - 1, i] + cost(i, j) for i in range(c - 1, j)]
+            cut[c, j] = int(np.argmin(trials)) + c - 1
+            best[c, j] = trials[cut[c, j] - c + 1]
+    labels, j = np.zeros(n, int), n
+    for c in range(k, 0, -1):
+        i = cut[c, j]
+        labels[i:j] = c - 1
+        j = i
+    out = np.empty(n, int)
+    out[order] = labels
+    return [int(c) for c in out]
+
+
+def equal_marginal_sparsity(loss: Sequence[float], sizes: Sequence[int], target: float) -> list[float]:
+    """``s = 2Φ(√(λ/ē)) − 1`` with λ such that the weighted mean is ``target`` (bisection in log λ)."""
+    e, n = np.asarray(loss, float), np.asarray(sizes, float)
+
+    def sparsity(log_lambda: float) -> np.ndarray:
+        return 2 * norm.cdf(np.sqrt(np.exp(log_lambda) / e)) - 1
+
+    a, b = np.log(e.min()) - 40, np.log(e.max()) + 40
+    for _ in range(200):
+        mid = (a + b) / 2
+        a, b = (mid, b) if (sparsity(mid) * n).sum() / n.sum() < target else (a, mid)
+    return [float(s) for s in sparsity((a + b) / 2)]
+
+
+def loss_clusters(layers: Sequence[LayerSummary], target: float, config: LossClusters) -> Budget:
+    """Budgets by cluster; clusters are numbered from 0 (smallest loss)."""
+    x = [float(np.log10(layer.values["loss"] + 1e-30)) for layer in layers]
+    sizes = [layer.size for layer in layers]
+    labels = kmeans_1d(x, config.clusters)
+    centres = [float(np.mean([xi for xi, c in zip(x, labels, strict=True) if c == k])) for k in range(max(labels) + 1)]
+    if config.spread == 0 or len(centres) == 1:
+        values = [target] * len(layers)
+    else:
+        if config.map == "ladder":
+            width = centres[-1] - centres[0]
+            wanted = [-config.spread * (centres[c] - centres[0]) / width for c in labels]
+        else:
+            wanted = equal_marginal_sparsity([10 ** (config.spread * centres[c]) for c in labels], sizes, target)
+        low, high = bounds(target, config.below, config.above)
+        values = meet(wanted, sizes, target, low, high)
+    names = [layer.name for layer in layers]
+    return Budget("sparsity", dict(zip(names, values, strict=True)), dict(zip(names, labels, strict=True)))
