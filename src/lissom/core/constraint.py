@@ -13,7 +13,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from .grid import Grid, GridParams
+from .grid import Codes, Grid, GridParams
 
 Comparison = Literal["layer", "row"]
 
@@ -211,9 +211,7 @@ class Stack:
         if not self.quantized:
             return w
         params = self.fit_all(w)
-        grouped = w.reshape(w.shape[0], params.scale.shape[1], -1)
-        wide = GridParams(params.scale[..., None], params.zero[..., None], params.levels[..., None])
-        return wide.project(grouped).reshape(w.shape)
+        return Codes.round(w, params, 8, self.group_size).decode()
 
 
 def _cat(parts: Sequence[GridParams]) -> GridParams:

@@ -30,6 +30,11 @@ class GridParams:
     zero: Tensor
     levels: Tensor  # 2^bits, per row: rows of one stacked sweep may have different bits
 
+    @property
+    def bits(self) -> int:
+        """The largest number of bits of any row."""
+        return int(self.levels.max()).bit_length() - 1
+
     def round(self, w: Tensor) -> Tensor:
         """Codes (float, integral) nearest to ``w``."""
         return torch.minimum(torch.round(w / self.scale) + self.zero, self.levels - 1).clamp_min(0)
@@ -98,52 +103,58 @@ class Grid:
         zero = torch.full_like(scale, half) if self.symmetric else torch.round(-low / scale).clamp(0, top)
         return GridParams(scale, zero, torch.full_like(scale, top + 1))
 
-    def groups(self, columns: int) -> int:
-        size = self.group_size or columns
-        if columns % size:
-            raise ValueError(f"group_size {size} does not divide {columns} inputs")
-        return columns // size
-
     def fit_all(self, w: Tensor) -> GridParams:
-        """Parameters of every group: tensors of shape (rows, groups)."""
-        groups = self.groups(w.shape[1])
-        params = self.fit(w.reshape(-1, w.shape[1] // groups))
-        return GridParams(*(t.reshape(w.shape[0], groups) for t in (params.scale, params.zero, params.levels)))
+        """Parameters of every group: tensors of shape (rows, groups). The last group may be shorter."""
+        rows, columns = w.shape
+        size = min(self.group_size or columns, columns)
+        whole = columns // size * size
+        fits = [self.fit(w[:, :whole].reshape(-1, size))]
+        parts = [[t.reshape(rows, -1) for t in (fits[0].scale, fits[0].zero, fits[0].levels)]]
+        if whole < columns:
+            tail = self.fit(w[:, whole:])
+            parts.append([tail.scale, tail.zero, tail.levels])
+        return GridParams(*(torch.cat(ts, 1) for ts in zip(*parts, strict=True)))
 
     def project(self, w: Tensor) -> Tensor:
         """Round to nearest on the grid fitted to ``w`` itself."""
-        return Codes.round(w, self.fit_all(w), self.bits).decode()
+        return Codes.round(w, self.fit_all(w), self.bits, self.group_size).decode()
+
+
+def spread_groups(t: Tensor, columns: int, group_size: int) -> Tensor:
+    """(rows, groups) → (rows, columns): each group's value at every column of the group."""
+    return t.repeat_interleave(group_size, 1)[:, :columns]
 
 
 @dataclass(frozen=True)
 class Codes:
-    """What is stored: ``values`` uint8 (out, in), ``scale`` fp16-exact fp32 and ``zero`` (out, groups)."""
+    """What is stored: ``values`` uint8 (out, in), ``scale`` fp16-exact fp32 and ``zero`` (out, groups).
+
+    Group g holds the columns ``g · group_size … (g + 1) · group_size − 1``; the last one may be shorter.
+    """
 
     values: Tensor
     scale: Tensor
     zero: Tensor
     bits: int
-
-    @property
-    def group_size(self) -> int:
-        return self.values.shape[1] // self.scale.shape[1]
+    group_size: int
 
     @property
     def symmetric(self) -> bool:
         return bool((self.zero == 2 ** (self.bits - 1)).all())
 
     @classmethod
-    def round(cls, w: Tensor, params: GridParams, bits: int) -> Codes:
-        """Codes nearest to ``w`` under parameters of shape (out, groups)."""
-        grouped = w.reshape(w.shape[0], params.scale.shape[1], -1)
-        wide = GridParams(params.scale[..., None], params.zero[..., None], params.levels[..., None])
-        return cls(wide.round(grouped).reshape(w.shape).to(torch.uint8), params.scale, params.zero, bits)
+    def round(cls, w: Tensor, params: GridParams, bits: int, group_size: int | None = None) -> Codes:
+        """Codes nearest to ``w`` under parameters of shape (out, groups); ``group_size`` None: whole rows."""
+        columns = w.shape[1]
+        size = min(group_size or columns, columns)
+        wide = GridParams(*(spread_groups(t, columns, size) for t in (params.scale, params.zero, params.levels)))
+        return cls(wide.round(w).to(torch.uint8), params.scale, params.zero, bits, size)
 
     def decode(self) -> Tensor:
         """The weights, fp32 (out, in)."""
-        rows, columns = self.values.shape
-        grouped = self.values.reshape(rows, self.scale.shape[1], -1).float()
-        return ((grouped - self.zero[..., None]) * self.scale[..., None]).reshape(rows, columns)
+        columns = self.values.shape[1]
+        zero, scale = (spread_groups(t, columns, self.group_size) for t in (self.zero, self.scale))
+        return (self.values.float() - zero) * scale
 
     def rows(self, start: int, stop: int) -> Codes:
-        return Codes(self.values[start:stop], self.scale[start:stop], self.zero[start:stop], self.bits)
+        return replace(self, values=self.values[start:stop], scale=self.scale[start:stop], zero=self.zero[start:stop])

@@ -17,12 +17,13 @@ class Method:
     =============  ==========================================================================
     ``solver``     ``run(problem: Problem, config) -> Solved``, layer by layer while blocks stream by
     ``allocation`` ``run(layers: list[LayerSummary], target: float, config) -> Budget``; with
-                   ``summarise(problems: list[Problem], config) -> list[dict[str, float]]`` per block
+                   ``summarise(problems: list[Problem], target: float, config) -> list[dict[str, float]]`` per block
                    (one dict for each name of each problem, in order)
     ``transform``  ``run(model, context, config) -> model``: rewrites or trains the whole model
     =============  ==========================================================================
 
     ``needs``: any of "gram", "inputs" (norms and means only), "gradients", "data", "teacher", "training".
+    ``comparison``: where a solver compares scores unless the recipe says: "layer" or "row".
     ``makes``: any of "zeros", "codes" – which constraints a solver accepts beyond the plain one.
     """
 
@@ -36,6 +37,7 @@ class Method:
     needs: frozenset[str] = frozenset()
     makes: frozenset[str] = frozenset()
     summarise: Callable[..., Any] | None = None
+    comparison: str = "layer"
 
     def settings(self) -> Mapping[str, Any]:
         """Setting name → default."""

@@ -93,7 +93,7 @@ class Problem:
         codes = None
         if self.constraint.quantized:
             params = self.constraint.fit_all(W)
-            codes = Codes.round(W, params, int(params.levels.max()).bit_length() - 1)
+            codes = Codes.round(W, params, params.bits, self.constraint.group_size)
             W = codes.decode()
         return Solved(W, codes, mask, self.error(W), notes or {})
 

@@ -57,7 +57,7 @@ def sweep(
     W[:, factor.dead if factor.order is None else _unordered(factor)] = 0
     rows, columns = W.shape
     order, U = factor.order, factor.U
-    group = constraint.group_size or columns
+    group = min(constraint.group_size or columns, columns)
     if constraint.sparse and order is not None and constraint.width > 1:
         raise ValueError("N:M patterns cannot be swept in activation order: groups would not be contiguous")
     width = block_width(problem, block)
@@ -140,7 +140,7 @@ def sweep(
         scales = static or GridParams(
             *(torch.cat([getattr(f, k) for f in fitted], 1) for k in ("scale", "zero", "levels"))
         )
-        codes = Codes(values.contiguous(), scales.scale, scales.zero, int(scales.levels.max()).bit_length() - 1)
+        codes = Codes(values.contiguous(), scales.scale, scales.zero, scales.bits, group)
     notes = {"damping": factor.damping, "dead": float(factor.dead.sum())}
     return Solved(Q.contiguous(), codes, keep_all, loss, notes)
 

@@ -28,12 +28,11 @@ class EqualMarginal:
     below: float = 0.12
     above: float = 0.12
     damping: float = 0.01
-    target: float = 0.7
 
 
-def summarise(problems: Sequence[Problem], config: EqualMarginal) -> list[dict[str, float]]:
+def summarise(problems: Sequence[Problem], target: float, config: EqualMarginal) -> list[dict[str, float]]:
     """Loss per layer of one block."""
-    losses = clusters.layer_losses(problems, config.estimate, config.normalize, config.target, config.damping)
+    losses = clusters.layer_losses(problems, config.estimate, config.normalize, target, config.damping)
     return [{"loss": loss} for loss in losses]
 
 

@@ -7,7 +7,7 @@
 
 All maps meet Σ n_l s_l = S Σ n_l exactly after clipping. ``spread`` 0 is uniform, bit for bit.
 Source: Zhang, Chen, He, Zhang 2024 (arXiv 2409.20094). Confirmed there: the mean loss from rows of the inverse
-Hessian, K-means on its logarithm, groups share the budget. Ours: the normalisations, K, both maps (methods/01 §2.4–2.5).
+Hessian, K-means on its logarithm, groups share the budget. Ours: normalisations, K, both maps (methods/01 §2.4–2.5).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .estimates import Estimate, Normalize, layer_losses
 class LossClusters:
     """``estimate`` A|B|C, ``normalize`` none|output-energy, ``clusters`` K, ``map`` ladder|marginal,
     ``spread`` λ (ladder: width between first and last group; marginal: α), ``granularity`` linear|block,
-    ``below``/``above``: budgets stay within [S − below, S + above]. ``target`` is used by estimates B and C.
+    ``below``/``above``: budgets stay within [S − below, S + above].
     """
 
     estimate: Estimate = "A"
@@ -40,12 +40,11 @@ class LossClusters:
     below: float = 0.25
     above: float = 0.15
     damping: float = 0.01
-    target: float = 0.7
 
 
-def summarise(problems: Sequence[Problem], config: LossClusters) -> list[dict[str, float]]:
+def summarise(problems: Sequence[Problem], target: float, config: LossClusters) -> list[dict[str, float]]:
     """Loss per layer of one block (averaged over the block, weighted by size, when asked)."""
-    losses = layer_losses(problems, config.estimate, config.normalize, config.target, config.damping)
+    losses = layer_losses(problems, config.estimate, config.normalize, target, config.damping)
     if config.granularity == "block":
         sizes = [rows * p.weight.shape[1] for p in problems for rows, _ in p.constraint.parts]
         losses = [float(np.average(losses, weights=sizes))] * len(losses)

@@ -24,7 +24,7 @@ class OWL:
     spread: float = 0.08
 
 
-def summarise(problems: Sequence[Problem], config: OWL) -> list[dict[str, float]]:
+def summarise(problems: Sequence[Problem], target: float, config: OWL) -> list[dict[str, float]]:
     """The block's outlier ratio (percent), the same for each of its layers."""
     scores = [(p, p.weight.abs() * p.stats.norm) for p in problems]
     size = sum(A.numel() for _, A in scores)

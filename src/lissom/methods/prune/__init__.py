@@ -16,7 +16,7 @@ METHODS = {
         ),
         Method(
             "wanda", "prune", "solver", "|w| times input norm, compared by row", "arXiv 2306.11695", Wanda, wanda,
-            needs=frozenset({"inputs"}), makes=_ALL,
+            needs=frozenset({"inputs"}), makes=_ALL, comparison="row",
         ),
         Method(
             "sparsegpt", "prune", "solver", "second-order choice with error feedback", "arXiv 2301.00774",
