@@ -14,11 +14,29 @@ from .factor import Factor, damped, factorise
 from .grid import Codes, Grid, GridParams
 from .method import Method
 from .problem import Budget, LayerSummary, Problem, Solved
+from .rotation import Rotation
 from .stats import Stats, gram_product, merge
+from .stored import (
+    Affine,
+    Binary,
+    Levels,
+    LowRank,
+    Masked,
+    Patched,
+    Rotated,
+    Scaled,
+    Second,
+    Stacked,
+    Stored,
+    TwoLevel,
+    stored_bits,
+)
 from .sweep import sweep
 
 __all__ = [
     "NM",
+    "Affine",
+    "Binary",
     "Both",
     "Budget",
     "CalibrationError",
@@ -31,22 +49,34 @@ __all__ = [
     "Grid",
     "GridParams",
     "LayerSummary",
+    "Levels",
     "LissomError",
+    "LowRank",
+    "Masked",
     "Method",
     "NumericalError",
     "OutputError",
+    "Patched",
     "Pattern",
     "Problem",
     "RecipeError",
+    "Rotated",
+    "Rotation",
+    "Scaled",
+    "Second",
     "Solved",
     "Sparse",
     "Stack",
+    "Stacked",
     "Stats",
+    "Stored",
+    "TwoLevel",
     "both",
     "damped",
     "factorise",
     "gram_product",
     "keep_largest",
     "merge",
+    "stored_bits",
     "sweep",
 ]

@@ -207,7 +207,7 @@ class Stack:
 
     def project(self, w: Tensor, score: Tensor | None = None) -> Tensor:
         if self.sparse:
-            w = w * self.select(w.abs() if score is None else score)
+            w = torch.where(self.select(w.abs() if score is None else score), w, 0.0)
         if not self.quantized:
             return w
         params = self.fit_all(w)

@@ -93,7 +93,7 @@ class Grid:
             scale = torch.maximum(-low, high) / (half - 1)
         else:
             scale = (high - low) / top
-        scale = scale.to(torch.float16).float()
+        scale = _half_up(scale)
         if not bool(torch.isfinite(scale).all()):
             raise NumericalError(
                 "a quantization scale overflows half precision (weights above 65504 × levels or not finite); "
@@ -118,6 +118,13 @@ class Grid:
     def project(self, w: Tensor) -> Tensor:
         """Round to nearest on the grid fitted to ``w`` itself."""
         return Codes.round(w, self.fit_all(w), self.bits, self.group_size).decode()
+
+
+def _half_up(scale: Tensor) -> Tensor:
+    """The smallest half-precision numbers that are not below ``scale ≥ 0``, as fp32: a range never shrinks."""
+    half = scale.to(torch.float16)
+    above = (half.view(torch.int16) + 1).view(torch.float16)  # positive halves are ordered like their bits
+    return torch.where(half.float() < scale, above, half).float()
 
 
 def spread_groups(t: Tensor, columns: int, group_size: int) -> Tensor:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from .constraint import Stack
 from .factor import Factor, damped, factorise
 from .grid import Codes
 from .stats import Stats
+from .stored import Stored
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class Solved:
 
     ``weight``: (out, in) fp32. ``codes``: what is stored when there is a grid; ``codes.decode()`` equals
     ``weight`` bit for bit. ``mask``: (out, in) bool of the pattern, None when dense. ``error``: (out,)
-    ``½ δ H δᵀ`` of each row with the damped H. ``notes``: numbers for the report.
+    ``½ δ H δᵀ`` of each row with the damped H. ``notes``: numbers for the report. ``stored``: what is
+    stored instead of ``codes`` when the result is no uniform integer grid; decodes to ``weight`` likewise.
     """
 
     weight: Tensor
@@ -27,6 +30,7 @@ class Solved:
     mask: Tensor | None
     error: Tensor
     notes: Mapping[str, float] = field(default_factory=dict)
+    stored: Stored | None = None
 
     def part(self, rows: slice, bits: int | None) -> Solved:
         """The solution of one layer of a stack."""
@@ -34,7 +38,8 @@ class Solved:
         if self.codes is not None and bits is not None:
             codes = replace(self.codes.rows(rows.start, rows.stop), bits=bits)
         mask = None if self.mask is None else self.mask[rows]
-        return Solved(self.weight[rows], codes, mask, self.error[rows], self.notes)
+        stored = None if self.stored is None else self.stored.rows(rows.start, rows.stop)
+        return Solved(self.weight[rows], codes, mask, self.error[rows], self.notes, stored)
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ class Problem:
         W = self.weight if weight is None else weight
         mask = self.constraint.select(score) if self.constraint.sparse else None
         if mask is not None:
-            W = W * mask
+            W = torch.where(mask, W, 0.0)
         codes = None
         if self.constraint.quantized:
             params = self.constraint.fit_all(W)

@@ -112,7 +112,7 @@ def sweep(
             value = w[i]
             q = value
             if keep is not None:
-                q = q * keep[i]
+                q = torch.where(keep[i], q, 0.0)  # a product would leave −0.0
             if params is not None:
                 code = params.round(q)
                 assert values is not None

@@ -1,0 +1,273 @@
+"""The command line: thin argument parsing around :mod:`lissom`'s functions."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..core import LissomError, OutputError
+from . import show
+
+app = typer.Typer(
+    name="lissom",
+    help="Makes large language models smaller and faster, and says honestly what that cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A Hugging Face directory, a hub id, a GGUF file, or 'demo'.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output.")]
+RecipeOption = Annotated[
+    str, typer.Option("--recipe", "-r", help="A shipped recipe (see `lissom recipes`) or a YAML file.")
+]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a setting: sparsity=0.6, bits=16, sparsegpt.damping=0.02.")
+]
+Calibration = Annotated[
+    str | None, typer.Option("--calibration", help="Calibration text: a file or a name ('builtin').")
+]
+Samples = Annotated[int | None, typer.Option("--samples", help="Calibration samples.")]
+Length = Annotated[int | None, typer.Option("--length", help="Tokens per sample.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the calibration slices.")]
+
+
+def _overrides(
+    settings: list[str] | None, calibration: str | None, samples: int | None, length: int | None, seed: int | None
+) -> list[str]:
+    given = {"data": calibration, "samples": samples, "length": length, "seed": seed}
+    return [*(settings or []), *(f"calibration.{k}={v}" for k, v in given.items() if v is not None)]
+
+
+@app.command()
+def compress(
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write; it must not exist.")],
+    recipe: RecipeOption = "aggressive",
+    settings: Set = None,
+    calibration: Calibration = None,
+    samples: Samples = None,
+    length: Length = None,
+    seed: Seed = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume/--fresh", help="Go on from an interrupted run with the same inputs, or start over."),
+    ] = True,
+    spill: Annotated[
+        bool, typer.Option("--spill", help="Keep waiting activations on disk instead of in memory.")
+    ] = False,
+    format: Annotated[str | None, typer.Option("--format", help="packed, dense or compressed-tensors.")] = None,
+    json: Json = False,
+) -> None:
+    """Compress MODEL into OUT: plan, allocate, solve block by block, save, load back and compare."""
+    from ..pipeline import compress as run
+    from ..report import write_report
+
+    overrides = _overrides(settings, calibration, samples, length, seed)
+    if format:
+        overrides.append(f"save.format={format}")
+    command = "lissom " + shlex.join(sys.argv[1:])
+    with show.bar(quiet=json) as tick:
+        result = run(
+            model, out, recipe, overrides=overrides, resume=resume, spill=spill, tick=tick, command=command,
+            note=None if json else lambda text: show.err.print(text, style="dim"),
+        )  # fmt: skip
+    page = write_report(out)
+    if json:
+        show.emit({k: v for k, v in result.items() if k != "layers"} | {"report": str(page)}, True)
+        return
+    show.out.print(
+        f"{out}: {show.size(result['bytes'])}, {result['bits_per_weight']:.2f} bits per weight, "
+        f"{result['sparsity']:.1%} zeros, in {show.duration(result['seconds'])}, peak memory {show.size(result['peak_rss_bytes'])}"
+    )
+    show.out.print(f"report: {page}")
+    show.out.print(f"next:   lissom evaluate {out} --against {model}")
+
+
+@app.command()
+def plan(
+    model: Model,
+    recipe: RecipeOption = "aggressive",
+    settings: Set = None,
+    calibration: Calibration = None,
+    samples: Samples = None,
+    length: Length = None,
+    seed: Seed = None,
+    format: Annotated[str | None, typer.Option("--format", help="packed, dense or compressed-tensors.")] = None,
+    json: Json = False,
+) -> None:
+    """Show what a recipe would do to MODEL, and what it would take, without doing it."""
+    from ..pipeline import plan as make
+
+    overrides = _overrides(settings, calibration, samples, length, seed)
+    if format:
+        overrides.append(f"save.format={format}")
+    made = make(model, recipe, overrides=overrides)
+    if json:
+        show.emit(made.describe(), True)
+        return
+    facts, est = made.model, made.estimates
+    show.out.print(f"[bold]{made.recipe.name}[/bold]: {made.recipe.summary}")
+    show.out.print(
+        f"{facts['architecture']}, {facts['blocks']} blocks, {facts['linear_layers']} linear layers, "
+        f"{facts['parameters'] / 1e6:.1f} M parameters, planned sparsity {facts['planned_sparsity']:.1%}"
+    )
+    groups: dict[tuple, int] = {}
+    for row in made.layers:
+        key = (
+            row["role"],
+            "×".join(map(str, row["shape"])),
+            " → ".join(row["steps"]) or "kept",
+            row["sparsity"],
+            row["bits"],
+        )
+        groups[key] = groups.get(key, 0) + 1
+    rows = [[role, count, shape, steps, f"{s:.0%}", bits] for (role, shape, steps, s, bits), count in groups.items()]
+    show.out.print(show.table("", ["role", "layers", "shape", "steps", "sparsity", "bits"], rows))
+    show.out.print(
+        f"estimates: {show.duration(est['seconds'])}, memory {show.size(est['memory_bytes'])}, "
+        f"disk {show.size(est['disk_bytes'])}, result {show.size(est['size_bytes'])}"
+    )
+    for warning in made.warnings:
+        show.out.print(f"note: {warning}", style="yellow")
+
+
+@app.command()
+def inspect(model: Model, json: Json = False) -> None:
+    """Show the architecture, layers, shapes and bytes of MODEL, and what is supported."""
+    from ..pipeline import inspect as look
+
+    found = look(model)
+    if json:
+        show.emit(found, True)
+        return
+    for key in ("model", "format", "architecture", "parameters", "bytes", "bits_per_weight", "blocks", "dtype"):
+        show.out.print(f"{key:16} {found[key]}")
+    rows = [[r["role"], r["count"], "×".join(map(str, r["shape"])), r["stage"]] for r in found["layers"]]
+    show.out.print(show.table("linear layers per block", ["role", "count", "shape", "stage"], rows))
+    show.out.print("supported: " + ", ".join(found["supported"]))
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Annotated[str, typer.Option("--data", help="Evaluation text: a file or a name.")] = "builtin",
+    length: Annotated[int, typer.Option("--length", help="Tokens per window.")] = 1024,
+    windows: Annotated[int, typer.Option("--windows", help="Windows; 0 means the whole text.")] = 16,
+    against: Annotated[str | None, typer.Option("--against", help="A dense model: adds KL and agreement.")] = None,
+    json: Json = False,
+) -> None:
+    """Measure perplexity, bits per byte, bytes and sparsity of a checkpoint on disk."""
+    from ..evaluate import evaluate as run
+
+    with show.bar(quiet=json) as tick:
+        result = run(model, data, length, windows or None, against, tick)
+    _remember(model, result)
+    if json:
+        show.emit(result, True)
+        return
+    show.out.print(show.table("", ["measure", "value"], [[k, _number(v)] for k, v in result.items()]))
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _remember(model: str, result: dict[str, Any]) -> None:
+    """Keep an evaluation beside a lissom checkpoint, so that its report shows it."""
+    from ..report import remember, write_report
+
+    if (Path(model) / "manifest.json").is_file():
+        remember(Path(model), result)
+        write_report(Path(model))
+
+
+@app.command()
+def unpack(
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory for the dense checkpoint; it must not exist.")],
+    dtype: Annotated[str, typer.Option("--dtype", help="float16, bfloat16, float32, or auto.")] = "auto",
+    json: Json = False,
+) -> None:
+    """Restore a packed checkpoint to dense safetensors that every tool loads."""
+    from ..export import unpack as run
+
+    if out.exists():
+        raise OutputError(f"{out} exists; choose another directory or remove it")
+    run(model, out, dtype)
+    files = sum(p.stat().st_size for p in out.glob("*.safetensors"))
+    if json:
+        show.emit({"out": str(out), "bytes": files}, True)
+    else:
+        show.out.print(f"{out}: {show.size(files)}")
+
+
+@app.command()
+def methods(json: Json = False) -> None:
+    """List the methods: family, what they need, source."""
+    from ..methods import METHODS
+
+    rows = [
+        {
+            "name": m.name, "family": m.family, "kind": m.kind, "summary": m.summary, "needs": sorted(m.needs),
+            "source": m.source, "settings": dict(m.settings()),
+        }
+        for m in METHODS.values()
+    ]  # fmt: skip
+    if json:
+        show.emit(rows, True)
+        return
+    cells = [[r["name"], r["family"], r["summary"], ", ".join(r["needs"]) or "nothing", r["source"]] for r in rows]
+    show.out.print(show.table("", ["method", "family", "what it does", "needs", "source"], cells))
+
+
+@app.command()
+def recipes(json: Json = False) -> None:
+    """List the shipped recipes."""
+    from ..pipeline import read, shipped
+
+    rows = [{"name": name, "summary": read(name).summary, "file": str(path)} for name, path in shipped().items()]
+    if json:
+        show.emit(rows, True)
+        return
+    show.out.print(show.table("", ["recipe", "summary"], [[r["name"], r["summary"]] for r in rows]))
+
+
+@app.command()
+def report(
+    model: Annotated[Path, typer.Argument(metavar="OUT", help="A directory that `lissom compress` wrote.")],
+    json: Json = False,
+) -> None:
+    """Write OUT/report.html again from its manifest and its evaluations."""
+    from ..report import write_report
+
+    page = write_report(model)
+    if json:
+        show.emit({"report": str(page)}, True)
+    else:
+        show.out.print(str(page))
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend end with their message and exit code, without a traceback."""
+    try:
+        app()
+    except LissomError as error:
+        if "--json" in sys.argv:
+            show.emit({"error": type(error).__name__, "message": str(error)}, True)
+        show.err.print(f"error: {error}", style="bold red", markup=False)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        show.err.print("stopped; the same command goes on from the last finished block")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,283 @@
+"""Everything up to the first weight: which layer gets what, what it will take, and all mistakes at once."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..core import NM, Both, Budget, Grid, RecipeError, Sparse
+from ..models import Linear, Model
+from .recipe import ConstraintSettings, Recipe, Step
+
+_PYTHON_AND_TORCH = 700 << 20  # resident bytes of an idle process with torch and transformers loaded
+_UNIT = 32  # a shorter last quantization group must still be whole units of this many inputs
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Steps that run together while blocks stream by once: an optional allocation and its solvers."""
+
+    solvers: tuple[Step, ...]
+    allocations: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``passes`` in order; ``layers`` rows for people; estimates in bytes and seconds; ``warnings``."""
+
+    recipe: Recipe
+    passes: tuple[Pass, ...]
+    layers: tuple[dict[str, Any], ...]
+    model: dict[str, Any]
+    estimates: dict[str, float]
+    warnings: tuple[str, ...] = field(default=())
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "recipe": self.recipe.describe(),
+            "model": self.model,
+            "estimates": self.estimates,
+            "warnings": list(self.warnings),
+            "layers": list(self.layers),
+        }
+
+
+def passes_of(recipe: Recipe) -> tuple[Pass, ...]:
+    """All solver steps form one pass over the blocks: each layer goes through the whole chain."""
+    allocations = tuple(s for s in recipe.steps if s.method.kind == "allocation")
+    solvers = tuple(s for s in recipe.steps if s.method.kind == "solver")
+    return (Pass(solvers, allocations),) if solvers else ()
+
+
+def allocation_for(recipe: Recipe, solver: Step) -> Step | None:
+    """The allocation written directly before ``solver``."""
+    index = recipe.steps.index(solver)
+    before = recipe.steps[index - 1] if index else None
+    return before if before is not None and before.method.kind == "allocation" else None
+
+
+def wanted(layer: Linear, settings: ConstraintSettings) -> bool:
+    """Whether a step with these settings touches the layer (by role, or by regular expression on the name)."""
+
+    def matches(expression: str) -> bool:
+        return expression == layer.role or re.search(expression, layer.name) is not None
+
+    if settings.only and not any(matches(e) for e in settings.only):
+        return False
+    return not any(matches(e) for e in settings.ignore)
+
+
+def constraint_for(layer: Linear, settings: ConstraintSettings, budget: Budget | None) -> Both:
+    """The constraint of one layer under its budget."""
+    sparsity, bits = settings.sparsity or 0.0, settings.bits
+    if budget is not None and layer.name in budget.values:
+        if budget.quantity == "bits":
+            bits = round(budget.values[layer.name])
+        else:
+            sparsity = budget.values[layer.name]
+    pattern: Sparse | NM | None = None
+    if settings.nm:
+        n, m = settings.nm
+        pattern = NM(n, m) if n < m else None
+    elif settings.free_m:
+        n = round((1 - sparsity) * settings.free_m)
+        pattern = NM(max(n, 1), settings.free_m) if n < settings.free_m else None
+    elif sparsity > 0:
+        pattern = Sparse(sparsity, settings.per or "layer")
+    grid = None
+    if bits != 16:
+        size = settings.group_size or None
+        grid = Grid(bits, None if size is None or size >= layer.columns else size, settings.symmetric, settings.range)
+    return Both(pattern, grid)
+
+
+def make_plan(model: Model, recipe: Recipe, out: Path | None = None, calibration_tokens: int | None = None) -> Plan:
+    """Resolve ``recipe`` against ``model``. Raises :class:`RecipeError` that lists every problem."""
+    problems: list[str] = []
+    warnings: list[str] = []
+    layers = [layer for i in range(model.blocks) for layer in model.linears(i)]
+    solvers = [s for s in recipe.steps if s.method.kind == "solver"]
+    for step in solvers:
+        problems += _misfits(step, layers, warnings)
+    rows = [_row(layer, solvers) for layer in layers]
+    prunable = sum(layer.rows * layer.columns for layer in layers)
+    zeros = sum(r["weights"] * r["sparsity"] for r in rows)
+    estimates = estimate(model, recipe, layers, calibration_tokens or _tokens(recipe))
+    if out is not None:
+        free = shutil.disk_usage(_existing(out)).free
+        if estimates["disk_bytes"] > free:
+            problems.append(
+                f"the disk of {out} has {free / 1e9:.1f} GB free, the run needs about {estimates['disk_bytes'] / 1e9:.1f} GB"
+            )
+    if recipe.save.format == "dense" and any(s.constraint.prunes or s.constraint.bits != 16 for s in solvers):
+        warnings.append(
+            "format dense stores zeros and rounded weights in full precision: the file does not get smaller"
+        )
+    if recipe.save.format == "compressed-tensors" and any(s.constraint.prunes for s in solvers):
+        warnings.append(
+            "compressed-tensors stores the zeros as codes: sparsity saves no bytes there (format packed does)"
+        )
+    if problems:
+        raise RecipeError(problems)
+    facts = {
+        "architecture": model.architecture.name,
+        "blocks": model.blocks,
+        "linear_layers": len(layers),
+        "parameters": model.parameters_count,
+        "prunable_weights": prunable,
+        "planned_sparsity": zeros / max(prunable, 1),
+    }
+    return Plan(recipe, passes_of(recipe), tuple(rows), facts, estimates, tuple(warnings))
+
+
+def _misfits(step: Step, layers: list[Linear], warnings: list[str]) -> Iterator[str]:
+    c = step.constraint
+    touched = [layer for layer in layers if wanted(layer, c)]
+    for expression in (*c.only, *c.ignore):
+        if not any(expression == layer.role or re.search(expression, layer.name) for layer in layers):
+            roles = ", ".join(dict.fromkeys(layer.role for layer in layers))
+            yield f"{step.name}: {expression!r} matches no layer of this model (roles: {roles}; first name: {layers[0].name})"
+    if not touched:
+        yield f"{step.name}: no layer is left to work on"
+    m = c.nm[1] if c.nm else c.free_m
+    if m:
+        bad = [layer for layer in touched if layer.columns % m]
+        if bad:
+            yield (
+                f"{step.name}: pattern {c.pattern} does not divide the {bad[0].columns} inputs of {bad[0].name}"
+                + _more(bad)
+            )
+    if c.bits != 16 and c.group_size:
+        bad = [la for la in touched if c.group_size < la.columns and la.columns % c.group_size % _UNIT]
+        if bad:
+            columns = bad[0].columns
+            options = [g for g in (16, 32, 64, 128, 256) if columns % g % _UNIT == 0 or columns % g == 0]
+            yield (
+                f"{step.name}: group_size {c.group_size} does not divide the {columns} inputs of {bad[0].name}"
+                + _more(bad)
+                + (f"; possible: {', '.join(map(str, options))}, or 0 for one scale per row" if options else "")
+            )
+        short = [la for la in touched if la not in bad and c.group_size < la.columns and la.columns % c.group_size]
+        if short:
+            rest = short[0].columns % c.group_size
+            warnings.append(
+                f"{step.name}: group_size {c.group_size} does not divide {short[0].columns} inputs "
+                f"({len(short)} layers): their last group holds {rest}"
+            )
+
+
+def _more(layers: list[Linear]) -> str:
+    return f" (and {len(layers) - 1} more layers)" if len(layers) > 1 else ""
+
+
+def _row(layer: Linear, solvers: list[Step]) -> dict[str, Any]:
+    sparsity, bits, names = 0.0, 16, []
+    for step in solvers:
+        if wanted(layer, step.constraint):
+            names.append(step.name)
+            if step.constraint.prunes:
+                sparsity = step.constraint.target
+            bits = step.constraint.bits if step.constraint.bits != 16 else bits
+    return {
+        "name": layer.name,
+        "block": layer.block,
+        "role": layer.role,
+        "shape": [layer.rows, layer.columns],
+        "weights": layer.rows * layer.columns,
+        "steps": names,
+        "sparsity": sparsity,
+        "bits": bits,
+    }
+
+
+def _tokens(recipe: Recipe) -> int:
+    return recipe.calibration.samples * recipe.calibration.length
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def matmul_speed(seconds: float = 0.2) -> float:
+    """Multiply-adds per second of this machine in fp32, measured."""
+    a, b = torch.randn(512, 768), torch.randn(768, 768)
+    a @ b
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        a @ b
+        count += 1
+    return count * 512 * 768 * 768 / (time.perf_counter() - start)
+
+
+def estimate(model: Model, recipe: Recipe, layers: list[Linear], tokens: int) -> dict[str, float]:
+    """Rough bytes and seconds: peak memory, disk while running, size of the result, wall time."""
+    by_block = [[la for la in layers if la.block == i] for i in range(model.blocks)]
+    largest = max((sum(la.rows * la.columns for la in block) for block in by_block), default=0)
+    widest = max((la.columns for la in layers), default=0)
+    hidden = model.config.hidden_size
+    outer = max((_numel(model.checkpoint.shape(n)) for n in model.outer_names()), default=0)
+    activations = 4 * tokens * (2 * hidden + widest)
+    gram = 5 * 4 * widest * widest
+    memory = _PYTHON_AND_TORCH + max(4 * 3 * largest + activations + gram, 3 * 4 * outer)
+    weights = sum(la.rows * la.columns for la in layers)
+    bits = _bits_per_weight(recipe)
+    rest = max(model.parameters_count - weights, 0)
+    outer_bits = 16 if recipe.save.embedding_bits == 16 else recipe.save.embedding_bits + 0.3
+    size = weights * bits / 8 + rest * outer_bits / 8
+    needs_gram = any("gram" in s.method.needs for s in recipe.steps)
+    per_token = weights + (0.62 * sum(la.columns**2 for la in _inputs(layers)) if needs_gram else 0)
+    share = 1.0
+    if any(s.method.kind == "allocation" and s.method.needs for s in recipe.steps):
+        share += allocation_samples(recipe) / recipe.calibration.samples
+    sweeps = sum(la.columns * 2.0e-4 + la.rows * la.columns**2 / 4e10 for la in layers) if needs_gram else 0
+    seconds = 1.3 * tokens * per_token * share / matmul_speed() + sweeps + weights / 4e7
+    return {
+        "memory_bytes": float(memory),
+        "disk_bytes": float(size + 4 * tokens * hidden),
+        "size_bytes": float(size),
+        "seconds": float(seconds),
+    }
+
+
+def allocation_samples(recipe: Recipe) -> int:
+    """Calibration samples of the dense pass that an allocation asks for."""
+    c = recipe.calibration
+    chosen = max(8, c.samples // 4) if c.allocation_samples is None else c.allocation_samples
+    return min(c.samples, max(1, chosen))
+
+
+def _inputs(layers: list[Linear]) -> list[Linear]:
+    """One layer for each distinct input."""
+    return list({(la.block, la.stage): la for la in layers}.values())
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    out = 1
+    for n in shape:
+        out *= n
+    return out
+
+
+def _bits_per_weight(recipe: Recipe) -> float:
+    sparsity, bits, group = 0.0, 16, 0
+    for step in recipe.steps:
+        if step.method.kind == "solver":
+            sparsity = step.constraint.target or sparsity
+            if step.constraint.bits != 16:
+                bits, group = step.constraint.bits, step.constraint.group_size
+    scale = (16 + bits) / group if bits != 16 and group else 0.0
+    if recipe.save.format == "dense":
+        return 16.0
+    if recipe.save.format == "compressed-tensors" or not sparsity:
+        return bits + scale
+    return 1 + bits * (1 - sparsity) + scale

@@ -1,0 +1,402 @@
+"""Recipes: what to do to a model, as a short list of steps.
+
+    summary: 70% of the weights removed, the rest in INT4
+    steps:
+      - use: loss-clusters        # an allocation: shares the budget of the step after it over layers
+        spread: 0.1
+      - use: sparsegpt            # a solver, layer by layer while blocks stream by
+        sparsity: 0.7
+        bits: 4
+    save: {format: packed}
+
+A step names a row of a METHODS table; its other keys are that method's settings, or settings of the
+constraint that every solver works under (:data:`CONSTRAINT`). All mistakes are reported together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Union
+
+import yaml
+
+from ..core import Method, RecipeError
+from ..methods import METHODS
+
+
+@dataclass(frozen=True)
+class ConstraintSettings:
+    """Settings that every solver shares.
+
+    ``sparsity`` in [0, 1) or None; ``pattern`` "unstructured", "N:M" (then sparsity follows), or "n:16" (N chosen for
+    each layer by the allocation); ``per`` "layer" or "row"; ``bits`` 2–8, 16 = not quantized; ``group_size`` inputs per scale, 0 = one scale per output row;
+    ``symmetric``; ``range`` minmax|mse; ``only``/``ignore``: regular expressions on layer names or roles.
+    """
+
+    sparsity: float | None = None
+    pattern: str = "unstructured"
+    per: Literal["layer", "row"] | None = None
+    bits: int = 16
+    group_size: int = 128
+    symmetric: bool = False
+    range: Literal["minmax", "mse"] = "minmax"
+    only: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+
+    @property
+    def nm(self) -> tuple[int, int] | None:
+        match = re.fullmatch(r"(\d+):(\d+)", self.pattern)
+        return (int(match[1]), int(match[2])) if match else None
+
+    @property
+    def free_m(self) -> int | None:
+        """M of "n:M", a pattern whose N the allocation chooses for each layer."""
+        match = re.fullmatch(r"n:(\d+)", self.pattern)
+        return int(match[1]) if match else None
+
+    @property
+    def prunes(self) -> bool:
+        return bool(self.sparsity) or self.nm is not None
+
+    @property
+    def target(self) -> float:
+        """The fraction of zeros that the step asks for."""
+        return 1 - self.nm[0] / self.nm[1] if self.nm else (self.sparsity or 0.0)
+
+
+@dataclass(frozen=True)
+class Save:
+    """``format`` packed|dense|compressed-tensors; ``dtype`` of what is not quantized: auto|float16|bfloat16|float32;
+    ``embedding_bits`` 2–8 quantizes embedding and head by rounding to nearest (packed only), 16 leaves them."""
+
+    format: str = "dense"
+    dtype: str = "auto"
+    embedding_bits: int = 16
+    embedding_group_size: int = 64
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """``data`` a name or file; ``samples`` × ``length`` tokens; ``allocation_samples`` for the pass of an
+    allocation (None: a quarter, at least 8)."""
+
+    data: str = "builtin"
+    samples: int = 128
+    length: int = 512
+    seed: int = 0
+    allocation_samples: int | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: a method with its settings resolved."""
+
+    method: Method
+    config: Any
+    constraint: ConstraintSettings
+
+    @property
+    def name(self) -> str:
+        return self.method.name
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """``name``, one-line ``summary``, ``steps`` in order, how to ``save``, and the default ``calibration``."""
+
+    name: str
+    steps: tuple[Step, ...]
+    summary: str = ""
+    save: Save = field(default_factory=Save)
+    calibration: Calibration = field(default_factory=Calibration)
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data from which :func:`read` makes the same recipe again."""
+        steps = []
+        for step in self.steps:
+            entry: dict[str, Any] = {"use": step.name}
+            if step.method.kind == "solver":
+                entry |= {k: v for k, v in dataclasses.asdict(step.constraint).items() if v not in (None, ())}
+            entry |= dataclasses.asdict(step.config)
+            steps.append(_plain(entry))
+        return {
+            "name": self.name,
+            "summary": self.summary,
+            "steps": steps,
+            "save": dataclasses.asdict(self.save),
+            "calibration": dataclasses.asdict(self.calibration),
+        }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def shipped() -> dict[str, Path]:
+    """Recipes that come with lissom, by name."""
+    folder = Path(str(resources.files("lissom"))) / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def suggest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(sorted(known))})"
+
+
+def read(source: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]], overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from a shipped name, a YAML file, a mapping, or a plain list of steps.
+
+    ``overrides``: "key=value" strings. A short key reaches the steps that spell it out; when none does, every step that
+    has such a setting. "step.key=value" reaches one step. Raises :class:`RecipeError` with all mistakes.
+    """
+    name, data = _load(source)
+    problems: list[str] = []
+    for key in data:
+        if key not in ("name", "summary", "steps", "save", "calibration"):
+            known = ["summary", "steps", "save", "calibration"]
+            problems.append(f"recipe {name}: unknown key {key!r}{suggest(key, known)}")
+    raw_steps = data.get("steps") or []
+    if not isinstance(raw_steps, Sequence) or isinstance(raw_steps, str):
+        raise RecipeError(f"recipe {name}: `steps` must be a list of `use: METHOD` entries")
+    entries: list[dict[str, Any]] = []
+    for i, raw in enumerate(raw_steps):
+        if not isinstance(raw, Mapping) or "use" not in raw:
+            problems.append(f"recipe {name}, step {i + 1}: needs `use: METHOD`, got {raw!r}")
+        elif raw["use"] not in METHODS:
+            problems.append(
+                f"recipe {name}, step {i + 1}: unknown method {raw['use']!r}{suggest(raw['use'], list(METHODS))}"
+            )
+        else:
+            entries.append(dict(raw))
+    if not raw_steps:
+        problems.append(f"recipe {name} has no steps")
+    if problems:
+        raise RecipeError(problems)
+    sections = {"save": dict(data.get("save") or {}), "calibration": dict(data.get("calibration") or {})}
+    for override in overrides:
+        _override(override, entries, sections, problems)
+    steps = tuple(_step(entry, i, problems) for i, entry in enumerate(entries))
+    save = _build(Save, sections["save"], "save", problems)
+    calibration = _build(Calibration, sections["calibration"], "calibration", problems)
+    recipe = Recipe(str(data.get("name") or name), steps, str(data.get("summary") or ""), save, calibration)
+    problems += _check(recipe)
+    if problems:
+        raise RecipeError(problems)
+    return recipe
+
+
+def _load(source: Any) -> tuple[str, Mapping[str, Any]]:
+    if isinstance(source, Recipe):
+        return source.name, source.describe()
+    if isinstance(source, Mapping):
+        return str(source.get("name") or "recipe"), source
+    if isinstance(source, str | Path):
+        known = shipped()
+        path = known.get(str(source)) or Path(source)
+        if not path.is_file():
+            if Path(source).suffix in (".yaml", ".yml"):
+                raise RecipeError(f"no recipe file {str(source)!r}")
+            raise RecipeError(f"no recipe {str(source)!r}{suggest(str(source), list(known))}")
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path} is not valid YAML: {error}") from error
+        if isinstance(data, Mapping):
+            return path.stem, data
+        if isinstance(data, list):
+            return path.stem, {"steps": data}
+        raise RecipeError(f"{path} must hold a mapping with `steps`, or a list of steps")
+    return "recipe", {"steps": list(source)}
+
+
+_CONSTRAINT = {f.name for f in dataclasses.fields(ConstraintSettings)}
+
+
+def _takes(use: str) -> set[str]:
+    method = METHODS[use]
+    return set(method.settings()) | (_CONSTRAINT if method.kind == "solver" else set())
+
+
+def _override(
+    text: str, entries: list[dict[str, Any]], sections: dict[str, dict[str, Any]], problems: list[str]
+) -> None:
+    key, equals, raw = text.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        problems.append(f"--set {text!r}: write key=value")
+        return
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError:
+        problems.append(f"--set {text!r}: the value is not valid YAML")
+        return
+    owner, dot, short = key.rpartition(".")
+    fields = {"save": Save, "calibration": Calibration}
+    if dot and owner in sections:
+        sections[owner][short] = value
+        return
+    if dot:
+        named = [e for e in entries if e["use"] == owner]
+        if not named:
+            problems.append(f"--set {text!r}: no step {owner!r}{suggest(owner, [e['use'] for e in entries])}")
+        for entry in named:
+            entry[short] = value
+        return
+    spelled = [e for e in entries if key in e and key != "use"]
+    able = spelled or [e for e in entries if key in _takes(e["use"])]
+    for entry in able:
+        entry[key] = value
+    for section, cls in fields.items():
+        if not able and key in {f.name for f in dataclasses.fields(cls)}:
+            sections[section][key] = value
+            return
+    if not able:
+        known = {k for e in entries for k in _takes(e["use"])}
+        known |= {f.name for cls in fields.values() for f in dataclasses.fields(cls)}
+        problems.append(f"--set {text!r}: no step of this recipe has a setting {key!r}{suggest(key, sorted(known))}")
+
+
+def _step(entry: dict[str, Any], index: int, problems: list[str]) -> Step:
+    method = METHODS[entry.pop("use")]
+    where = f"step {index + 1} ({method.name})"
+    own = {k: v for k, v in entry.items() if k in method.settings()}
+    shared = {k: v for k, v in entry.items() if k in _CONSTRAINT and k not in own and method.kind == "solver"}
+    for key in entry:
+        if key not in own and key not in shared:
+            problems.append(f"{where}: unknown setting {key!r}{suggest(key, sorted(_takes(method.name)))}")
+    config = _build(method.config, own, where, problems)
+    constraint = _build(ConstraintSettings, shared, where, problems)
+    if constraint.per is None:
+        constraint = replace(constraint, per=method.comparison)  # type: ignore[arg-type]
+    return Step(method, config, constraint)
+
+
+def _build(cls: type, values: Mapping[str, Any], where: str, problems: list[str]) -> Any:
+    """A settings dataclass from plain values; types are checked where they are used, here."""
+    hints = typing.get_type_hints(cls)
+    good: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in hints:
+            problems.append(f"{where}: unknown setting {key!r}{suggest(key, list(hints))}")
+            continue
+        try:
+            good[key] = _coerce(value, hints[key])
+        except ValueError as error:
+            problems.append(f"{where}: {key} = {value!r}: {error}")
+    try:
+        return cls(**good)
+    except ValueError as error:
+        problems.append(f"{where}: {error}")
+        return cls()
+
+
+def _coerce(value: Any, kind: Any) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        for arg in args:
+            if arg is type(None):
+                continue
+            try:
+                return _coerce(value, arg)
+            except ValueError:
+                pass
+        raise ValueError(f"must be {' or '.join(_spell(a) for a in args)}")
+    if origin is Literal:
+        if value not in args:
+            raise ValueError(f"must be one of {', '.join(map(str, args))}")
+        return value
+    if origin is tuple:
+        return tuple([value] if isinstance(value, str) else value or ())
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if kind is str and isinstance(value, int) and not isinstance(value, bool):
+        # YAML reads 2:4 as a base-60 number: 2·60 + 4
+        return f"{value // 60}:{value % 60}" if value >= 60 else str(value)
+    if kind in (int, bool, str) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    raise ValueError(f"must be {_spell(kind)}")
+
+
+def _spell(kind: Any) -> str:
+    return {float: "a number", int: "a whole number", bool: "true or false", str: "text", type(None): "nothing"}.get(
+        kind, str(kind)
+    )
+
+
+def _check(recipe: Recipe) -> list[str]:
+    """What can be said without a model."""
+    out: list[str] = []
+    quantized_by, pending = None, None
+    for i, step in enumerate(recipe.steps):
+        where, c = f"step {i + 1} ({step.name})", step.constraint
+        if step.method.kind == "allocation":
+            pending = step
+            continue
+        if step.method.kind != "solver":
+            continue
+        if c.sparsity is not None and not 0 <= c.sparsity < 1:
+            out.append(f"{where}: sparsity must be in [0, 1), not {c.sparsity:g}")
+        if c.nm:
+            n, m = c.nm
+            if not 1 <= n <= m <= 32:
+                out.append(f"{where}: pattern {c.pattern} needs 1 ≤ N ≤ M ≤ 32")
+            elif c.sparsity is not None and abs(c.sparsity - (1 - n / m)) > 1e-9:
+                out.append(
+                    f"{where}: pattern {c.pattern} means sparsity {1 - n / m:g}, not {c.sparsity:g}; "
+                    "drop one of them, or set pattern=unstructured"
+                )
+        elif c.free_m:
+            if not 2 <= c.free_m <= 32 or not c.sparsity:
+                out.append(f"{where}: pattern {c.pattern} needs 2 ≤ M ≤ 32 and a sparsity")
+        elif c.pattern != "unstructured":
+            out.append(f"{where}: pattern must be 'unstructured', 'N:M' such as '2:4', or 'n:16', not {c.pattern!r}")
+        if c.bits != 16 and not 2 <= c.bits <= 8:
+            out.append(f"{where}: bits must be 2 … 8, or 16 for not quantized, not {c.bits}")
+        if c.group_size < 0:
+            out.append(f"{where}: group_size must be positive, or 0 for one scale per output row, not {c.group_size}")
+        for expression in (*c.only, *c.ignore):
+            try:
+                re.compile(expression)
+            except re.error as error:
+                out.append(f"{where}: {expression!r} is not a regular expression ({error})")
+        if c.prunes and "zeros" not in step.method.makes:
+            out.append(f"{where}: {step.name} does not prune; put a pruning step before it")
+        if c.bits != 16 and "codes" not in step.method.makes:
+            out.append(f"{where}: {step.name} does not quantize; add a quantization step after it")
+        if c.prunes and quantized_by:
+            out.append(
+                f"{where}: pruning after {quantized_by} would break its codes; prune first, or use one joint step"
+            )
+        if c.bits != 16:
+            quantized_by = step.name
+        pending = None
+    if pending:
+        out.append(f"the allocation {pending.name} is the last step: put it before the step whose budget it shares")
+    c = recipe.calibration
+    if c.samples < 1 or c.length < 2:
+        out.append(f"calibration: samples ≥ 1 and length ≥ 2 are needed, not {c.samples} × {c.length}")
+    s = recipe.save
+    if s.format not in FORMATS:
+        out.append(f"save: unknown format {s.format!r}{suggest(s.format, FORMATS)}")
+    if s.dtype not in ("auto", "float16", "bfloat16", "float32"):
+        out.append(f"save: dtype must be auto, float16, bfloat16 or float32, not {s.dtype!r}")
+    if s.embedding_bits != 16 and not 2 <= s.embedding_bits <= 8:
+        out.append(f"save: embedding_bits must be 2 … 8, or 16, not {s.embedding_bits}")
+    if s.embedding_bits != 16 and s.format != "packed":
+        out.append(f"save: embedding_bits needs the packed format; {s.format} keeps embeddings in full precision")
+    return out
+
+
+FORMATS = ("dense", "packed", "compressed-tensors")

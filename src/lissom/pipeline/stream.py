@@ -1,0 +1,179 @@
+"""Blocks stream by: load one, run it forward once in stages, solve each stage's layers, hand the outputs on.
+
+At every stage the inputs that the layers see already include the compression of everything before them,
+and each product with a weight matrix is done exactly once, with the compressed weights:
+
+    for stage in block.stages:                 qkv → out → gate/up → down
+        for every batch: go on to this stage's input x, add x to the statistics
+        solve the stage's layers               one Gram matrix, one factorisation, one stacked sweep
+    h ← outputs of the block
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..core import Both, Budget, Factor, Fixed, NumericalError, Problem, Solved, Stack, Stats, merge
+from ..models import Block, Linear
+from .plan import constraint_for, wanted
+from .recipe import Step
+
+Visit = Callable[[tuple[Linear, ...], Stats], None]
+
+
+class Spill:
+    """Keeps the state of waiting batches on disk: one file per batch, removed when done."""
+
+    def __init__(self, folder: Path):
+        self._folder = Path(tempfile.mkdtemp(prefix="spill-", dir=folder))
+
+    def put(self, index: int, state: dict[str, Any]) -> None:
+        tensors = {k: v.contiguous() for k, v in state.items() if isinstance(v, Tensor)}
+        save_file({k: v.clone() for k, v in tensors.items()}, self._path(index))
+        for key in tensors:
+            del state[key]
+
+    def get(self, index: int, state: dict[str, Any]) -> None:
+        if self._path(index).exists():
+            state.update(load_file(self._path(index)))
+            self._path(index).unlink()
+
+    def close(self) -> None:
+        for path in self._folder.glob("*"):
+            path.unlink()
+        self._folder.rmdir()
+
+    def _path(self, index: int) -> Path:
+        return self._folder / f"{index}.safetensors"
+
+
+def stream_block(
+    block: Block,
+    hidden: list[Tensor],
+    visit: Visit,
+    gram: bool = True,
+    spill: Spill | None = None,
+    watch: int | None = None,
+) -> list[Tensor]:
+    """Outputs of the block for every batch; ``visit`` is called once a stage, and may set weights.
+
+    ``hidden``: (batch, tokens, width) each; the list is emptied as it is used. ``watch``: only the first so many
+    batches feed the statistics (the others are held-out text that just goes along).
+    """
+    runs = []
+    for i in range(len(hidden)):
+        runs.append(block.start(hidden[i]))
+        hidden[i] = hidden[i].new_empty(0)
+        if spill:
+            spill.put(i, runs[i].state)
+    for number, stage in enumerate(block.stages):
+        stats: Stats | None = None
+        for i, run in enumerate(runs):
+            if spill:
+                spill.get(i, run.state)
+            if number:
+                run.advance()
+            if watch is None or i < watch:
+                seen = Stats.of(run.input().flatten(0, -2), gram)
+                stats = seen if stats is None else merge(stats, seen)
+            if spill:
+                spill.put(i, run.state)
+        assert stats is not None
+        visit(stage, stats)
+    outputs = []
+    for i, run in enumerate(runs):
+        if spill:
+            spill.get(i, run.state)
+        run.advance()
+        outputs.append(run.output())
+    return outputs
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """One solved layer and the numbers that the manifest keeps."""
+
+    layer: Linear
+    solved: Solved
+    constraint: Both
+    relative_error: float
+    error: float
+    notes: Mapping[str, float] = field(default_factory=dict)
+
+
+def solve_stage(
+    layers: Sequence[Linear],
+    weights: Mapping[str, Tensor],
+    stats: Stats,
+    steps: Sequence[tuple[Step, Budget | None]],
+) -> list[LayerResult]:
+    """Run the chain of solver steps on the layers of one stage; layers that no step touches are left out.
+
+    Layers whose steps and group sizes agree are stacked; all share the stage's factorisation.
+    """
+    factors: dict[tuple[float, bool], Factor] = {}
+    stacks: dict[tuple, list[Linear]] = {}
+    for layer in layers:
+        key = []
+        for step, budget in steps:
+            grid = constraint_for(layer, step.constraint, budget).grid
+            touched = wanted(layer, step.constraint)
+            key.append((touched, touched and grid is not None, touched and grid is not None and grid.group_size))
+        stacks.setdefault(tuple(key), []).append(layer)
+    out: list[LayerResult] = []
+    for key, members in stacks.items():
+        chain = [s for s, (touched, *_) in zip(steps, key, strict=True) if touched]
+        out += _solve_stack(members, weights, stats, chain, factors)
+    return out
+
+
+def _solve_stack(
+    layers: list[Linear],
+    weights: Mapping[str, Tensor],
+    stats: Stats,
+    chain: Sequence[tuple[Step, Budget | None]],
+    factors: dict[tuple[float, bool], Factor],
+) -> list[LayerResult]:
+    W = torch.cat([weights[layer.name] for layer in layers])
+    names = tuple(layer.name for layer in layers)
+    problem, solved = Problem(W, stats, Stack(((len(W), Both()),)), names, None, factors), None
+    for step, budget in chain:
+        parts = [(layer.rows, constraint_for(layer, step.constraint, budget)) for layer in layers]
+        if solved is not None:
+            parts = _inherit(parts, problem, solved, step)
+        constraint = Stack(tuple(parts))
+        if not constraint.sparse and not constraint.quantized:
+            continue
+        problem = replace(problem, constraint=constraint, start=solved)
+        solved = step.method.run(problem, step.config)
+        if not bool(torch.isfinite(solved.weight).all()):
+            raise NumericalError(f"{step.name} made non-finite weights in {', '.join(names)}; raise its damping")
+    if solved is None:
+        return []
+    energy, results, row = problem.energy(), [], 0
+    parts = problem.split(solved)
+    for layer, (_, constraint) in zip(layers, problem.constraint.parts, strict=True):
+        part = parts[layer.name]
+        error, scale = float(part.error.sum()), float(energy[row : row + layer.rows].sum())
+        results.append(LayerResult(layer, part, constraint, error / max(scale, 1e-30), error, part.notes))
+        row += layer.rows
+    return results
+
+
+def _inherit(parts: list[tuple[int, Both]], problem: Problem, solved: Solved, step: Step) -> list[tuple[int, Both]]:
+    """A later step keeps the zeros and the grid of the earlier one unless it brings its own."""
+    out = []
+    for (rows, part), (place, before) in zip(parts, problem.constraint.slices(), strict=True):
+        pattern, grid = part.pattern, part.grid or before.grid
+        if not step.constraint.prunes and solved.mask is not None:
+            pattern = Fixed(solved.mask[place])
+        out.append((rows, Both(pattern, grid)))
+    return out

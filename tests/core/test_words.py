@@ -1,0 +1,132 @@
+"""Laws of the vocabulary: statistics merge, patterns count, grids project."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lissom.core import NM, Both, Codes, Grid, NumericalError, Problem, Sparse, Stats, gram_product, keep_largest, merge
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.integers(1, 700))
+def test_merging_equals_one_shot_and_is_associative(a, b, c, width):
+    X = torch.randn(a + b + c, width, dtype=torch.float64)
+    whole = Stats.of(X)
+    x, y, z = (Stats.of(part) for part in X.split([a, b, c]))
+    for merged in (merge(merge(x, y), z), merge(x, merge(y, z)), x.update(X[a : a + b]).update(X[a + b :])):
+        assert merged.count == whole.count
+        for field in ("sum", "sumsq", "absmax", "gram"):
+            assert torch.allclose(getattr(merged, field), getattr(whole, field))
+    assert torch.allclose(whole.gram, X.T @ X)
+    assert torch.allclose(whole.mean, X.mean(0))
+    assert torch.allclose(whole.variance, X.var(0, unbiased=False), atol=1e-9)
+    assert torch.allclose(whole.norm, X.norm(dim=0))
+
+
+def test_the_symmetric_product_is_exactly_symmetric():
+    X = torch.randn(50, 701)
+    G = gram_product(X)
+    off = G - G.T
+    assert float(off.abs().max()) <= 1e-5 * float(G.abs().max())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 50), st.floats(0, 0.999), st.booleans())
+def test_unstructured_counts_are_exact_even_with_ties(rows, columns, p, by_row):
+    score = torch.randint(0, 3, (rows, columns)).float()
+    keep = Sparse(p, "row" if by_row else "layer").select(score)
+    if by_row:
+        assert ((~keep).sum(1) == round(p * columns)).all()
+    else:
+        assert int((~keep).sum()) == round(p * rows * columns)
+    if (~keep).any() and keep.any() and not by_row:
+        assert score[~keep].max() <= score[keep].min()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 32), st.integers(1, 32), st.integers(1, 6), st.integers(1, 5))
+def test_every_group_keeps_n_of_m(n, m, rows, groups):
+    n, m = min(n, m), max(n, m)
+    score = torch.rand(rows, groups * m)
+    keep = NM(n, m).select(score).reshape(rows, groups, m)
+    assert (keep.sum(2) == n).all()
+    best = score.reshape(rows, groups, m).topk(n, 2).values.sum()
+    assert torch.isclose((score.reshape(rows, groups, m) * keep).sum(), best)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.integers(2, 8), st.sampled_from([None, 8, 16, 24]), st.booleans(), st.sampled_from(["minmax", "mse"]),
+    st.integers(0, 10_000), st.floats(-4, 3),
+)  # fmt: skip
+def test_grids(bits, group, symmetric, kind, seed, magnitude):
+    """Zero is exact, levels are few, rounding is idempotent and errs by half a step at most inside the range."""
+    g = torch.Generator().manual_seed(seed)
+    w = torch.randn(5, 40, generator=g) * 10**magnitude
+    w[:, ::7] = 0
+    w[2] = 0
+    grid = Grid(bits, group, symmetric, kind)
+    params = grid.fit_all(w)
+    codes = Codes.round(w, params, bits, group)
+    decoded = codes.decode()
+    assert (decoded[w == 0] == 0).all()
+    assert torch.equal(Codes.round(decoded, params, bits, group).values, codes.values)
+    assert int(codes.values.max()) < 2**bits
+    assert codes.symmetric or not symmetric
+    if kind == "minmax":
+        step = params.scale.repeat_interleave(group or 40, 1)[:, :40]
+        # half a step, and the rounding of the scale to fp16 at the far end of the range
+        assert ((decoded - w).abs() <= step * (0.5 + 2**bits * 2**-10) + 1e-7).all()
+
+
+def test_hand_computed_grid():
+    w = torch.tensor([[-1.0, 0.0, 0.5, 2.0]])
+    params = Grid(2, None).fit_all(w)
+    assert params.scale.item() == 1.0 and params.zero.item() == 1
+    assert Codes.round(w, params, 2).values.tolist() == [[0, 1, 1, 3]]
+
+
+def test_the_search_for_a_range_never_does_worse_in_its_norm():
+    w = torch.randn(20, 64) ** 3
+    errors = {}
+    for kind in ("minmax", "mse"):
+        errors[kind] = (Grid(3, None, range=kind).project(w) - w).abs().pow(2.4).sum(1)
+    assert (errors["mse"] <= errors["minmax"] * (1 + 1e-6)).all()
+
+
+def test_scales_that_overflow_are_refused():
+    with pytest.raises(NumericalError, match="half precision"):
+        Grid(2, None).fit_all(torch.tensor([[1e9, -1e9]]))
+
+
+def test_outliers_of_1e4_keep_the_rest_finite():
+    w = torch.randn(4, 64)
+    w[0, 0] = 1e4
+    assert torch.isfinite(Grid(4, 32).project(w)).all()
+
+
+@pytest.mark.parametrize("constraint", [Sparse(0.5), NM(2, 4), Both(NM(1, 4), None)], ids=str)
+def test_projection_is_idempotent(constraint):
+    w = torch.randn(6, 32)
+    problem = Problem.of(w, Stats.of(torch.randn(10, 32)), constraint)
+    once = problem.constraint.project(w)
+    assert torch.equal(problem.constraint.project(once), once)
+
+
+def test_bad_words_are_refused():
+    for make in (
+        lambda: Sparse(1.0),
+        lambda: Sparse(-0.1),
+        lambda: NM(5, 4),
+        lambda: NM(1, 33),
+        lambda: Grid(9),
+        lambda: Grid(1),
+    ):
+        with pytest.raises(ValueError):
+            make()
+
+
+def test_keep_largest_at_the_ends():
+    score = torch.rand(3, 7)
+    assert keep_largest(score, 0).all() and not keep_largest(score, 7).any()
