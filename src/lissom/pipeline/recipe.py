@@ -22,7 +22,6 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -144,7 +143,7 @@ def _plain(value: Any) -> Any:
 
 def shipped() -> dict[str, Path]:
     """Recipes that come with lissom, by name."""
-    folder = Path(str(resources.files("lissom"))) / "recipes"
+    folder = Path(__file__).parents[1] / "recipes"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 

@@ -39,3 +39,10 @@ def meet(values: Sequence[float], sizes: Sequence[int], target: float, low: floa
 def bounds(target: float, below: float, above: float) -> tuple[float, float]:
     """``[max(0, S − below), min(0.98, S + above)]``, never excluding the target itself."""
     return max(0.0, target - below), max(target, min(0.98, target + above))
+
+
+def chosen(spread: float | str) -> float:
+    """The spread as a number; "auto" must have been resolved on held-out text before."""
+    if isinstance(spread, str):
+        raise RecipeError("spread: auto is chosen by the pipeline on held-out text; give a number here")
+    return spread

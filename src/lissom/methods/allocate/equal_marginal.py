@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from ...core import Budget, LayerSummary, Problem
 from . import loss_clusters as clusters
-from .budget import bounds, meet
+from .budget import bounds, chosen, meet
 from .estimates import Estimate, Normalize
 
 
@@ -24,10 +25,11 @@ class EqualMarginal:
 
     estimate: Estimate = "A"
     normalize: Normalize = "output-energy"
-    spread: float = 0.15
+    spread: float | Literal["auto"] = 0.15
     below: float = 0.12
     above: float = 0.12
     damping: float = 0.01
+    spreads: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.25)
 
 
 def summarise(problems: Sequence[Problem], target: float, config: EqualMarginal) -> list[dict[str, float]]:
@@ -38,11 +40,12 @@ def summarise(problems: Sequence[Problem], target: float, config: EqualMarginal)
 
 def equal_marginal(layers: Sequence[LayerSummary], target: float, config: EqualMarginal) -> Budget:
     """Budgets by layer."""
+    spread = chosen(config.spread)
     sizes = [layer.size for layer in layers]
-    if config.spread == 0:
+    if spread == 0:
         values = [target] * len(layers)
     else:
-        losses = [(layer.values["loss"] + 1e-30) ** config.spread for layer in layers]
+        losses = [(layer.values["loss"] + 1e-30) ** spread for layer in layers]
         wanted = clusters.equal_marginal_sparsity(losses, sizes, target)
         low, high = bounds(target, config.below, config.above)
         values = meet(wanted, sizes, target, low, high)

@@ -20,7 +20,7 @@ import numpy as np
 from scipy.stats import norm
 
 from ...core import Budget, LayerSummary, Problem
-from .budget import bounds, meet
+from .budget import bounds, chosen, meet
 from .estimates import Estimate, Normalize, layer_losses
 
 
@@ -35,11 +35,12 @@ class LossClusters:
     normalize: Normalize = "output-energy"
     clusters: int = 5
     map: Literal["ladder", "marginal"] = "ladder"
-    spread: float = 0.10
+    spread: float | Literal["auto"] = 0.10
     granularity: Literal["linear", "block"] = "linear"
     below: float = 0.25
     above: float = 0.15
     damping: float = 0.01
+    spreads: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3)
 
 
 def summarise(problems: Sequence[Problem], target: float, config: LossClusters) -> list[dict[str, float]]:
@@ -96,18 +97,19 @@ def equal_marginal_sparsity(loss: Sequence[float], sizes: Sequence[int], target:
 
 def loss_clusters(layers: Sequence[LayerSummary], target: float, config: LossClusters) -> Budget:
     """Budgets by cluster; clusters are numbered from 0 (smallest loss)."""
+    spread = chosen(config.spread)
     x = [float(np.log10(layer.values["loss"] + 1e-30)) for layer in layers]
     sizes = [layer.size for layer in layers]
     labels = kmeans_1d(x, config.clusters)
     centres = [float(np.mean([xi for xi, c in zip(x, labels, strict=True) if c == k])) for k in range(max(labels) + 1)]
-    if config.spread == 0 or len(centres) == 1:
+    if spread == 0 or len(centres) == 1:
         values = [target] * len(layers)
     else:
         if config.map == "ladder":
             width = centres[-1] - centres[0]
-            wanted = [-config.spread * (centres[c] - centres[0]) / width for c in labels]
+            wanted = [-spread * (centres[c] - centres[0]) / width for c in labels]
         else:
-            wanted = equal_marginal_sparsity([10 ** (config.spread * centres[c]) for c in labels], sizes, target)
+            wanted = equal_marginal_sparsity([10 ** (spread * centres[c]) for c in labels], sizes, target)
         low, high = bounds(target, config.below, config.above)
         values = meet(wanted, sizes, target, low, high)
     names = [layer.name for layer in layers]

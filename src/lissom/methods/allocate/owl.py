@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from ...core import Budget, LayerSummary, Problem
-from .budget import bounds, meet
+from .budget import bounds, chosen, meet
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class OWL:
     """``outlier``: M, times the mean that counts as an outlier. ``spread``: λ; the full width is 2λ."""
 
     outlier: float = 5.0
-    spread: float = 0.08
+    spread: float | Literal["auto"] = 0.08
+    spreads: tuple[float, ...] = (0.0, 0.04, 0.08, 0.12)
 
 
 def summarise(problems: Sequence[Problem], target: float, config: OWL) -> list[dict[str, float]]:
@@ -35,10 +37,11 @@ def summarise(problems: Sequence[Problem], target: float, config: OWL) -> list[d
 
 def owl(layers: Sequence[LayerSummary], target: float, config: OWL) -> Budget:
     """Sparsity falls linearly with the block's outlier ratio."""
+    spread = chosen(config.spread)
     ratios = [layer.values["outlier_ratio"] for layer in layers]
     low, high = min(ratios), max(ratios)
     width = (high - low) or 1.0
-    wanted = [-2 * config.spread * (r - low) / width for r in ratios]
-    bottom, top = bounds(target, 2 * config.spread, 2 * config.spread)
+    wanted = [-2 * spread * (r - low) / width for r in ratios]
+    bottom, top = bounds(target, 2 * spread, 2 * spread)
     values = meet(wanted, [layer.size for layer in layers], target, bottom, top)
     return Budget("sparsity", {layer.name: v for layer, v in zip(layers, values, strict=True)})
