@@ -1,0 +1,108 @@
+// Python bindings. Arrays come and go as nanobind ndarrays (DLPack), never as torch C++ objects.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
+
+#include <map>
+#include <mutex>
+#include <optional>
+#include <string>
+
+#include "linear.h"
+
+namespace nb = nanobind;
+using namespace lissom;
+
+namespace {
+
+template <class T, int D> using In = nb::ndarray<const T, nb::ndim<D>, nb::c_contig, nb::device::cpu>;
+template <class T, int D> using Out = nb::ndarray<T, nb::ndim<D>, nb::c_contig, nb::device::cpu>;
+
+// One pool for each number of threads, made on first use and kept: kernels called from Python share it.
+Pool &shared_pool(int threads) {
+    static auto *pools = new std::map<int, std::unique_ptr<Pool>>; // never destroyed: threads may outlive statics
+    auto &pool = (*pools)[threads];
+    if (!pool) pool = std::make_unique<Pool>(threads);
+    return *pool;
+}
+std::mutex pool_lock;
+
+const Ops *ops_named(const std::string &isa) {
+    const Ops *ops = isa.empty() ? best_ops() : isa == "portable" ? ops_portable() : isa == best_ops()->name ? best_ops() : nullptr;
+    if (!ops) throw nb::value_error(("instruction set '" + isa + "' is not available here").c_str());
+    return ops;
+}
+
+} // namespace
+
+
+
+NB_MODULE(_C, m) {
+    m.def("isa", [] { return std::string(best_ops()->name); });
+
+    nb::class_<Matrix>(m, "Matrix")
+        .def_static(
+            "pack",
+            [](int kind, In<uint8_t, 2> values, In<float, 2> scale, In<float, 2> zero, std::optional<In<uint8_t, 2>> mask, int width,
+               int G, int N, bool spill) {
+                const size_t rows = values.shape(0), columns = values.shape(1);
+                const size_t groups = width > 0 ? (columns + width - 1) / width : 0;
+                if (scale.shape(0) != rows || zero.shape(0) != rows || scale.shape(1) != groups || zero.shape(1) != groups)
+                    throw nb::value_error("scale and zero must be (rows, groups)");
+                if (mask && (mask->shape(0) != rows || mask->shape(1) != columns)) throw nb::value_error("mask must be (rows, columns)");
+                nb::gil_scoped_release release;
+                return pack((Kind)kind, (int)rows, (int)columns, width, values.data(), scale.data(), zero.data(),
+                            mask ? mask->data() : nullptr, G, N, spill);
+            },
+            nb::arg("kind"), nb::arg("values"), nb::arg("scale"), nb::arg("zero"), nb::arg("mask").none(), nb::arg("width"), nb::arg("G"), nb::arg("N"),
+            nb::arg("spill"))
+        .def_prop_ro("kind", [](const Matrix &x) { return (int)x.view.kind; })
+        .def_prop_ro("rows", [](const Matrix &x) { return x.view.rows; })
+        .def_prop_ro("columns", [](const Matrix &x) { return x.view.columns; })
+        .def_prop_ro("G", [](const Matrix &x) { return x.view.G; })
+        .def_prop_ro("N", [](const Matrix &x) { return x.view.N; })
+        .def_prop_ro("bytes", [](const Matrix &x) { return x.bytes; })
+        .def_prop_ro("spilled", [](const Matrix &x) { return x.spilled; })
+        .def("decode", [](const Matrix &x, Out<float, 2> out) {
+            if ((int)out.shape(0) != x.view.rows || (int)out.shape(1) != x.view.columns) throw nb::value_error("wrong shape");
+            for (int r = 0; r < x.view.rows; r++) decode_row(x.view, r, out.data() + (size_t)r * x.view.columns);
+        })
+        .def(
+            "linear",
+            [](const Matrix &w, In<float, 2> x, Out<float, 2> y, int threads, const std::string &isa) {
+                if ((int)x.shape(1) != w.view.columns || (int)y.shape(1) != w.view.rows || x.shape(0) != y.shape(0))
+                    throw nb::value_error("x must be (tokens, columns) and y (tokens, rows)");
+                const Ops *ops = ops_named(isa);
+                nb::gil_scoped_release release;
+                std::lock_guard<std::mutex> guard(pool_lock);
+                linear(ops, shared_pool(threads), w.view, x.data(), (int)x.shape(0), y.data());
+            },
+            nb::arg("x"), nb::arg("y"), nb::arg("threads") = 1, nb::arg("isa") = "");
+
+    nb::class_<Bcq>(m, "Bcq")
+        .def_static("pack",
+                    [](In<uint8_t, 3> signs, In<float, 3> alpha, In<float, 2> offset, int width, int G) {
+                        const size_t bits = signs.shape(0), rows = signs.shape(1), columns = signs.shape(2);
+                        const size_t groups = width > 0 ? (columns + width - 1) / width : 0;
+                        if (alpha.shape(0) != bits || alpha.shape(1) != rows || offset.shape(0) != rows || alpha.shape(2) != groups ||
+                            offset.shape(1) != groups || !bits)
+                            throw nb::value_error("alpha must be (bits, rows, groups), offset (rows, groups)");
+                        return pack_bcq((int)rows, (int)columns, width, (int)bits, signs.data(), alpha.data(), offset.data(), G);
+                    })
+        .def_prop_ro("bytes", [](const Bcq &x) { return x.strips * x.strip_bytes(); })
+        .def(
+            "linear",
+            [](const Bcq &w, In<float, 2> x, Out<float, 2> y, int threads, const std::string &isa) {
+                if ((int)x.shape(1) != w.columns || (int)y.shape(1) != w.rows || x.shape(0) != y.shape(0))
+                    throw nb::value_error("x must be (tokens, columns) and y (tokens, rows)");
+                const Ops *ops = ops_named(isa);
+                nb::gil_scoped_release release;
+                std::lock_guard<std::mutex> guard(pool_lock);
+                linear_bcq(ops, shared_pool(threads), w, x.data(), (int)x.shape(0), y.data());
+            },
+            nb::arg("x"), nb::arg("y"), nb::arg("threads") = 1, nb::arg("isa") = "");
+
+
+}

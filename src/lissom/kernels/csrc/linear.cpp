@@ -1,0 +1,102 @@
+#include "linear.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace lissom {
+
+const Ops *best_ops() {
+    static const Ops *best = [] {
+        const char *wish = std::getenv("LISSOM_ISA");
+        if (wish && std::strcmp(wish, "portable") == 0) return ops_portable();
+#if defined(__x86_64__)
+        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") && ops_avx2())
+            return ops_avx2();
+#endif
+        return ops_portable();
+    }();
+    return best;
+}
+
+void linear(const Ops *ops, Pool &pool, const View &v, const float *x, int tokens, float *y) {
+    Quantized a;
+    a.reserve(tokens, v.columns, v.G);
+    Ticket rows;
+    pool.run([&](int thread) {
+        for (int t = thread; t < tokens; t += pool.threads()) a.set(ops, t, x + (size_t)t * v.columns);
+        pool.barrier();
+        const Acts acts = a.acts();
+        std::vector<float> out((size_t)tokens * ROWS);
+        for (int from, to; rows.take(v.strips, 2, from, to);)
+            for (int s = from; s < to; s++) {
+                ops->strip(v, s, acts, 0, tokens, out.data());
+                const int n = v.rows - s * ROWS < ROWS ? v.rows - s * ROWS : ROWS;
+                for (int t = 0; t < tokens; t++) std::memcpy(y + (size_t)t * v.rows + s * ROWS, &out[(size_t)t * ROWS], n * sizeof(float));
+            }
+    });
+}
+
+std::unique_ptr<Bcq> pack_bcq(int rows, int columns, int width, int bits, const uint8_t *signs, const float *alpha,
+                              const float *offset, int G) {
+    const int groups = (columns + width - 1) / width;
+    if ((G != 32 && G != 64 && G != 128) || (groups > 1 && width % G) || columns % G)
+        throw std::invalid_argument("tiles of 32, 64 or 128 columns must divide the columns and the groups");
+    auto m = std::make_unique<Bcq>();
+    m->rows = rows, m->columns = columns, m->G = G, m->bits = bits;
+    m->strips = (rows + ROWS - 1) / ROWS, m->tiles = columns / G;
+    m->data.assign((size_t)m->strips * m->strip_bytes() + 64, 0);
+    uint8_t *p = m->data.data();
+    for (int s = 0; s < m->strips; s++)
+        for (int t = 0; t < m->tiles; t++) {
+            const int group = t * G / width;
+            for (int b = 0; b <= bits; b++)
+                for (int r = 0; r < ROWS && s * ROWS + r < rows; r++) {
+                    const size_t at = (size_t)(s * ROWS + r) * groups + group;
+                    const uint16_t half = float_to_half(b < bits ? alpha[(size_t)b * rows * groups + at] : offset[at]);
+                    std::memcpy(p + 32 * b + 2 * r, &half, 2);
+                }
+            p += 32 * (bits + 1);
+            for (int b = 0; b < bits; b++, p += G * ROWS / 8)
+                for (int r = 0; r < ROWS && s * ROWS + r < rows; r++)
+                    for (int c = 0; c < G; c++)
+                        if (signs[((size_t)b * rows + s * ROWS + r) * columns + t * G + c]) {
+                            const int quad = c / 4;
+                            p[quad / 4 * 32 + quad % 2 * 16 + r] |= (uint8_t)(1 << (quad % 4 / 2 * 4 + c % 4));
+                        }
+        }
+    return m;
+}
+
+void linear_bcq(const Ops *ops, Pool &pool, const Bcq &m, const float *x, int tokens, float *y) {
+    Quantized a;
+    a.reserve(tokens, m.columns, m.G);
+    // per pair of quads 64 bytes: low bytes of the 16 signed sums of both quads, then their high bytes
+    const size_t table_bytes = (size_t)m.columns * 8;
+    std::vector<int8_t> table((size_t)tokens * table_bytes);
+    Ticket work;
+    pool.run([&](int thread) {
+        for (int t = thread; t < tokens; t += pool.threads()) {
+            a.set(ops, t, x + (size_t)t * m.columns);
+            const int8_t *q = a.q.data() + (size_t)t * m.columns;
+            for (int quad = 0; quad < m.columns / 4; quad++)
+                for (int i = 0; i < 16; i++) {
+                    int sum = 0;
+                    for (int j = 0; j < 4; j++) sum += i >> j & 1 ? q[4 * quad + j] : -q[4 * quad + j];
+                    int8_t *entry = table.data() + t * table_bytes + (size_t)quad / 2 * 64 + quad % 2 * 16 + i;
+                    entry[0] = (int8_t)(sum & 255), entry[32] = (int8_t)(sum >> 8);
+                }
+        }
+        pool.barrier();
+        const Acts acts = a.acts();
+        float out[ROWS];
+        for (int from, to; work.take(m.strips, 2, from, to);)
+            for (int s = from; s < to; s++)
+                for (int t = 0; t < tokens; t++) {
+                    ops->bcq(m.data.data() + s * m.strip_bytes(), m.tiles, m.G, m.bits, table.data() + t * table_bytes, acts, t, out);
+                    const int n = m.rows - s * ROWS < ROWS ? m.rows - s * ROWS : ROWS;
+                    std::memcpy(y + (size_t)t * m.rows + s * ROWS, out, n * sizeof(float));
+                }
+    });
+}
+
+} // namespace lissom

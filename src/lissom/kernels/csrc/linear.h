@@ -1,0 +1,44 @@
+// y = x Wᵀ for packed matrices, on a pool.
+#pragma once
+#include <vector>
+
+#include "matrix.h"
+#include "pool.h"
+
+namespace lissom {
+
+// Quantized activations of some tokens, for one tile width.
+struct Quantized {
+    int G = 0, columns = 0, tiles = 0;
+    std::vector<int8_t> q;
+    std::vector<float> scale, sum;
+
+    void reserve(int tokens, int width, int tile) {
+        G = tile, columns = width, tiles = (width + tile - 1) / tile;
+        q.resize((size_t)tokens * tiles * G + 64);
+        scale.resize((size_t)tokens * tiles), sum.resize((size_t)tokens * tiles);
+    }
+    void set(const Ops *ops, int token, const float *x) {
+        const size_t at = (size_t)token * tiles;
+        ops->quantize(x, columns, G, q.data() + at * G, scale.data() + at, sum.data() + at);
+    }
+    Acts acts() const { return {q.data(), scale.data(), sum.data(), (int64_t)tiles * G, tiles}; }
+};
+
+// x (tokens, columns) fp32, y (tokens, rows) fp32
+void linear(const Ops *ops, Pool &pool, const View &v, const float *x, int tokens, float *y);
+
+// Binary-coded weights w = offset + sum_b alpha_b * sign_b (LUT-GEMM, 2206.09557 §3), strips of 16 rows:
+//   tile = bits x [16 x fp16 alpha] [16 x fp16 offset] then per bit, per 16 columns 32 bytes:
+//   byte r (+16 for odd quads) holds quads 0/1 in its low and quads 2/3 in its high nibble; a set bit is +1.
+struct Bcq {
+    int rows = 0, columns = 0, G = 0, bits = 0, strips = 0, tiles = 0;
+    std::vector<uint8_t> data;
+    size_t strip_bytes() const { return (size_t)tiles * (32 * (bits + 1) + (size_t)bits * G * ROWS / 8); }
+};
+// signs (bits, rows, columns) u8 0/1; alpha (bits, rows, groups); offset (rows, groups)
+std::unique_ptr<Bcq> pack_bcq(int rows, int columns, int width, int bits, const uint8_t *signs, const float *alpha,
+                              const float *offset, int G);
+void linear_bcq(const Ops *ops, Pool &pool, const Bcq &m, const float *x, int tokens, float *y);
+
+} // namespace lissom

@@ -1,0 +1,257 @@
+#include "matrix.h"
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+
+namespace lissom {
+namespace {
+
+struct Slot {
+    uint8_t position, code;
+};
+
+// The weights of one tile before they are laid out: code (16, G) and keep (16, G).
+struct Raw {
+    std::vector<uint8_t> code, keep;
+    uint8_t zero[ROWS];
+};
+
+void put_dense(Kind kind, int G, const Raw &raw, uint8_t *out) {
+    auto at = [&](int r, int c) { return raw.code[(size_t)r * G + c]; };
+    for (int half = 0; half < 2; half++)
+        for (int r = 0; r < 8; r++)
+            for (int j = 0; j < 4; j++) {
+                const int row = 8 * half + r, byte = 32 * half + 4 * r + j;
+                switch (kind) {
+                case D8:
+                    for (int c = 0; c < G; c += 4) out[c / 4 * 64 + byte] = (uint8_t)(at(row, c + j) - 128);
+                    break;
+                case D4:
+                    for (int c = 0; c < G; c += 8) out[c / 8 * 64 + byte] = (uint8_t)(at(row, c + j) | at(row, c + 4 + j) << 4);
+                    break;
+                case D2:
+                    for (int c = 0; c < G; c++)
+                        if (c % 4 == j) out[c / 16 * 64 + byte] |= (uint8_t)(at(row, c) << (c % 16 / 4 * 2));
+                    break;
+                case D3:
+                    for (int c = 0; c < G; c++)
+                        if (c % 4 == j) {
+                            uint8_t *block = out + c / 32 * 192;
+                            block[c % 32 / 16 * 64 + byte] |= (uint8_t)((at(row, c) & 3) << (c % 16 / 4 * 2));
+                            block[128 + byte] |= (uint8_t)((at(row, c) >> 2) << (c % 32 / 4));
+                        }
+                    break;
+                default: break;
+                }
+            }
+}
+
+// Lays out the slots of 16 columns; what does not fit goes to `spill`.
+void put_slots(Kind kind, int N, int G, int base, const Raw &raw, bool may_spill, uint8_t *out, std::vector<uint16_t> &spill) {
+    for (int r = 0; r < ROWS; r++) {
+        std::vector<Slot> slots;
+        for (int c = 0; c < 16; c++)
+            if (raw.keep[(size_t)r * G + base + c]) slots.push_back({(uint8_t)c, raw.code[(size_t)r * G + base + c]});
+        if (kind == N24) {
+            for (int quad = 0; quad < 4; quad++) {
+                std::vector<Slot> two;
+                for (auto s : slots)
+                    if (s.position / 4 == quad) two.push_back(s);
+                if (two.size() > 2) throw std::invalid_argument("more than 2 of 4 inputs are kept");
+                while (two.size() < 2) two.push_back({(uint8_t)(4 * quad), raw.zero[r]});
+                for (int s = 0; s < 2; s++) {
+                    out[2 * r + s] |= (uint8_t)((two[s].position & 3) << (2 * quad));
+                    out[32 + quad / 2 * 32 + 2 * r + s] |= (uint8_t)(two[s].code << (quad % 2 * 4));
+                }
+            }
+            continue;
+        }
+        for (size_t i = N; i < slots.size(); i++) {
+            if (!may_spill) throw std::invalid_argument("more than " + std::to_string(N) + " of 16 inputs are kept");
+            spill.push_back((uint16_t)(r | (base + slots[i].position) << 4 | slots[i].code << 11));
+        }
+        slots.resize(N, {0, raw.zero[r]});
+        for (int i = 0; i < N; i++) {
+            if (kind == NM4) {
+                out[i / 2 * 32 + 2 * r + i % 2] = (uint8_t)(slots[i].position | slots[i].code << 4);
+            } else {
+                uint8_t *block = out + i / 4 * 96;
+                block[4 * (r % 8) + i % 4] |= (uint8_t)(slots[i].position << (r / 8 * 4));
+                block[32 + r / 8 * 32 + 4 * (r % 8) + i % 4] = (uint8_t)(slots[i].code - 128);
+            }
+        }
+    }
+}
+
+} // namespace
+
+std::unique_ptr<Matrix> pack(Kind kind, int rows, int columns, int width, const uint8_t *values, const float *scale,
+                             const float *zero, const uint8_t *mask, int G, int N, bool spill) {
+    const bool slots = kind == NM4 || kind == NM8 || kind == N24;
+    if (rows < 1 || columns < 1 || width < 1) throw std::invalid_argument("empty matrix or group");
+    const int groups = (columns + width - 1) / width;
+    if (G != 32 && G != 64 && G != 128) throw std::invalid_argument("tiles have 32, 64 or 128 columns");
+    if (groups > 1 && width % G) throw std::invalid_argument("tiles must not cross quantization groups");
+    if ((kind == NM4 && (N < 2 || N > 16 || N % 2)) || (kind == NM8 && (N < 4 || N > 16 || N % 4)))
+        throw std::invalid_argument("bad number of slots");
+    if (spill && kind != NM4) throw std::invalid_argument("only N:16 int4 has a spill list");
+    const int top = kind == D2 ? 3 : kind == D3 ? 7 : kind == D8 || kind == NM8 ? 255 : 15;
+
+    auto m = std::make_unique<Matrix>();
+    View &v = m->view;
+    v.kind = kind, v.rows = rows, v.columns = columns, v.G = G, v.N = slots ? (kind == N24 ? 8 : N) : 0;
+    v.strips = (rows + ROWS - 1) / ROWS, v.tiles = (columns + G - 1) / G, v.spill = spill;
+    v.zero = (int)zero[0];
+    for (size_t i = 0; i < (size_t)rows * groups; i++) {
+        if (!(zero[i] >= 0 && zero[i] <= top)) throw std::invalid_argument("zero point out of range");
+        if (zero[i] != zero[0]) v.zeros = 1;
+    }
+    const int header = 32 + (v.zeros ? 16 : 0);
+    v.tile_bytes = header + payload_bytes(kind, G, v.N);
+
+    std::vector<std::vector<uint16_t>> spills;
+    std::vector<uint8_t> dense((size_t)v.strips * v.tiles * v.tile_bytes, 0);
+    if (spill) spills.resize((size_t)v.strips * v.tiles);
+    Raw raw;
+    raw.code.resize((size_t)ROWS * G), raw.keep.resize((size_t)ROWS * G);
+    for (int s = 0; s < v.strips; s++)
+        for (int t = 0; t < v.tiles; t++) {
+            uint8_t *tile = dense.data() + ((size_t)s * v.tiles + t) * v.tile_bytes;
+            const int group = t * G / width;
+            for (int r = 0; r < ROWS; r++) {
+                const int row = s * ROWS + r;
+                const bool inside = row < rows;
+                const size_t g = (size_t)row * groups + group;
+                const uint16_t half = inside ? float_to_half(scale[g]) : 0;
+                std::memcpy(tile + 2 * r, &half, 2);
+                raw.zero[r] = inside ? (uint8_t)zero[g] : (uint8_t)v.zero;
+                if (v.zeros) tile[32 + r] = raw.zero[r];
+                for (int c = 0; c < G; c++) {
+                    const int column = t * G + c;
+                    const size_t i = (size_t)row * columns + column;
+                    const bool keep = inside && column < columns && (!mask || mask[i]);
+                    const uint8_t code = keep ? values[i] : raw.zero[r];
+                    if (code > top) throw std::invalid_argument("code out of range");
+                    raw.code[(size_t)r * G + c] = code;
+                    raw.keep[(size_t)r * G + c] = keep && code != raw.zero[r];
+                }
+            }
+            if (!slots) {
+                put_dense(kind, G, raw, tile + header);
+                continue;
+            }
+            std::vector<uint16_t> list;
+            const int step = payload_bytes(kind, 16, v.N);
+            for (int c = 0; c < G; c += 16) put_slots(kind, v.N, G, c, raw, spill, tile + header + c / 16 * step, list);
+            if (list.size() > 65535) throw std::invalid_argument("spill list too long");
+            m->spilled += list.size();
+            if (spill) spills[(size_t)s * v.tiles + t] = std::move(list);
+        }
+
+    m->bytes = dense.size() + (spill ? 2 * (spills.size() + m->spilled) : 0);
+    const size_t room = (m->bytes + 64 + 63) / 64 * 64; // kernels may read one vector past the end
+    m->data.reset((uint8_t *)std::aligned_alloc(64, room));
+    if (!m->data) throw std::bad_alloc();
+    uint8_t *out = m->data.get();
+    std::memset(out + m->bytes, 0, room - m->bytes);
+    m->offset.resize(v.strips + 1);
+    for (int s = 0; s < v.strips; s++) {
+        m->offset[s] = (uint64_t)(out - m->data.get());
+        for (int t = 0; t < v.tiles; t++) {
+            const size_t i = (size_t)s * v.tiles + t;
+            std::memcpy(out, dense.data() + i * v.tile_bytes, v.tile_bytes), out += v.tile_bytes;
+            if (!spill) continue;
+            const uint16_t count = (uint16_t)spills[i].size();
+            std::memcpy(out, &count, 2), out += 2;
+            std::memcpy(out, spills[i].data(), 2 * (size_t)count), out += 2 * (size_t)count;
+        }
+    }
+    m->offset[v.strips] = (uint64_t)(out - m->data.get());
+    v.data = m->data.get(), v.offset = m->offset.data();
+    return m;
+}
+
+const uint8_t *decode_tile(const View &v, const uint8_t *tile, int16_t *w, float *scale) {
+    const int G = v.G;
+    int16_t zero[ROWS];
+    for (int r = 0; r < ROWS; r++) {
+        uint16_t half;
+        std::memcpy(&half, tile + 2 * r, 2);
+        scale[r] = half_to_float(half);
+        zero[r] = (int16_t)(v.zeros ? tile[32 + r] : v.zero);
+    }
+    const uint8_t *p = tile + 32 + (v.zeros ? 16 : 0);
+    std::memset(w, 0, sizeof(int16_t) * ROWS * G);
+    for (int r = 0; r < ROWS; r++) {
+        int16_t *row = w + (size_t)r * G;
+        const int half = r / 8 * 32, byte4 = 4 * (r % 8);
+        switch (v.kind) {
+        case D8:
+            for (int c = 0; c < G; c++) row[c] = (int16_t)((int8_t)p[c / 4 * 64 + half + byte4 + c % 4] + 128 - zero[r]);
+            break;
+        case D4:
+            for (int c = 0; c < G; c++) row[c] = (int16_t)((p[c / 8 * 64 + half + byte4 + c % 4] >> (c % 8 / 4 * 4) & 15) - zero[r]);
+            break;
+        case D2:
+            for (int c = 0; c < G; c++) row[c] = (int16_t)((p[c / 16 * 64 + half + byte4 + c % 4] >> (c % 16 / 4 * 2) & 3) - zero[r]);
+            break;
+        case D3:
+            for (int c = 0; c < G; c++) {
+                const uint8_t *block = p + c / 32 * 192;
+                const int low = block[c % 32 / 16 * 64 + half + byte4 + c % 4] >> (c % 16 / 4 * 2) & 3;
+                const int high = block[128 + half + byte4 + c % 4] >> (c % 32 / 4) & 1;
+                row[c] = (int16_t)((low | high << 2) - zero[r]);
+            }
+            break;
+        case NM4:
+            for (int g = 0; g < G / 16; g++)
+                for (int i = 0; i < v.N; i++) {
+                    const uint8_t b = p[g * v.N * 16 + i / 2 * 32 + 2 * r + i % 2];
+                    row[16 * g + (b & 15)] += (int16_t)((b >> 4) - zero[r]);
+                }
+            break;
+        case NM8:
+            for (int g = 0; g < G / 16; g++)
+                for (int i = 0; i < v.N; i++) {
+                    const uint8_t *block = p + g * v.N * 24 + i / 4 * 96;
+                    const int position = block[byte4 + i % 4] >> (r / 8 * 4) & 15;
+                    row[16 * g + position] += (int16_t)((int8_t)block[32 + half + byte4 + i % 4] + 128 - zero[r]);
+                }
+            break;
+        case N24:
+            for (int g = 0; g < G / 16; g++)
+                for (int quad = 0; quad < 4; quad++)
+                    for (int s = 0; s < 2; s++) {
+                        const uint8_t *block = p + g * 96;
+                        const int position = block[2 * r + s] >> (2 * quad) & 3;
+                        const int code = block[32 + quad / 2 * 32 + 2 * r + s] >> (quad % 2 * 4) & 15;
+                        row[16 * g + 4 * quad + position] += (int16_t)(code - zero[r]);
+                    }
+            break;
+        }
+    }
+    const uint8_t *end = tile + v.tile_bytes;
+    if (!v.spill) return end;
+    uint16_t count, e;
+    std::memcpy(&count, end, 2), end += 2;
+    for (int i = 0; i < count; i++, end += 2) {
+        std::memcpy(&e, end, 2);
+        const int r = e & 15;
+        w[(size_t)r * G + (e >> 4 & 127)] += (int16_t)((e >> 11) - zero[r]);
+    }
+    return end;
+}
+
+void decode_row(const View &v, int row, float *out) {
+    int16_t w[ROWS * 128];
+    float scale[ROWS];
+    const uint8_t *tile = v.data + v.offset[row / ROWS];
+    const int r = row % ROWS;
+    for (int t = 0; t < v.tiles; t++) {
+        tile = decode_tile(v, tile, w, scale);
+        for (int c = 0; c < v.G && t * v.G + c < v.columns; c++) out[t * v.G + c] = (float)w[r * v.G + c] * scale[r];
+    }
+}
+
+} // namespace lissom

@@ -1,0 +1,36 @@
+// Owner of a packed matrix; packing from neutral arrays and back.
+#pragma once
+#include <cstdlib>
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+#include "packed.h"
+
+namespace lissom {
+
+struct Free {
+    void operator()(uint8_t *p) const { std::free(p); }
+};
+
+struct Matrix {
+    View view{};
+    std::unique_ptr<uint8_t, Free> data;
+    std::vector<uint64_t> offset;
+    size_t bytes = 0;
+    size_t spilled = 0; // entries on the spill list
+};
+
+// values (rows, columns) u8, scale and zero (rows, groups) for groups of `width` columns, the last may be
+// shorter; mask (rows, columns) or null, 0 = weight is zero. G divides `width` or there is one group. N counts slots (NM4: even, NM8: a multiple of 4).
+std::unique_ptr<Matrix> pack(Kind kind, int rows, int columns, int width, const uint8_t *values, const float *scale,
+                             const float *zero, const uint8_t *mask, int G, int N, bool spill);
+
+// w (16, G): code - zero of tile `t` of strip `s`, positions that are not stored are 0; scale (16)
+// returns the first byte after the tile
+const uint8_t *decode_tile(const View &v, const uint8_t *tile, int16_t *w, float *scale);
+
+// fp32 weights of one row
+void decode_row(const View &v, int row, float *out);
+
+} // namespace lissom
