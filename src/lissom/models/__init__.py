@@ -1,0 +1,25 @@
+"""Architectures as data, checkpoints read lazily, and the staged forward pass of one block."""
+
+from .architectures import ARCHITECTURES, Architecture, architecture_of, known_types
+from .checkpoint import Checkpoint, DirectoryCheckpoint, demo_file, fingerprint, load_tokenizer, open_checkpoint
+from .forward import Block, Linear, Run
+from .model import Model
+from .validate import tensor_problems
+
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "Block",
+    "Checkpoint",
+    "DirectoryCheckpoint",
+    "Linear",
+    "Model",
+    "Run",
+    "architecture_of",
+    "demo_file",
+    "fingerprint",
+    "known_types",
+    "load_tokenizer",
+    "open_checkpoint",
+    "tensor_problems",
+]
