@@ -67,9 +67,9 @@ class Affine:
 class Levels:
     """``w = table[code] · scale``, a codebook.
 
-    ``values`` uint8 (out, in). ``table`` (1, levels) for all rows or (out, levels). ``scale`` (out, groups) fp32, exactly
-    ``block scale · tensor_scale`` with the block scale in ``scale_format``: float16, e8m0 (power of two) or e4m3.
-    ``name``: nf4, fp4, mxfp4, nvfp4, e4m3, e5m2, power-of-two, kmeans: known tables need not be stored (``custom`` False).
+    ``values`` uint8 (out, in). ``table`` (1, levels) for all rows or (out, levels). ``scale`` (out, groups) fp32,
+    exactly ``block scale · tensor_scale`` with the block scale in ``scale_format``: float16, e8m0 (power of two) or
+    e4m3. ``name``: the kind of table, e.g. nf4 or kmeans; ``custom``: whether the file must hold the table.
     """
 
     values: Tensor
@@ -97,7 +97,7 @@ class Levels:
 
     @property
     def size(self) -> int:
-        width = 16 if self.scale_format == "float16" else 8
+        width = 0 if not bool((self.scale != 1).any()) else 16 if self.scale_format == "float16" else 8
         table = 16 * self.table.numel() if self.custom else 0
         tensor_scale = 32 if self.tensor_scale != 1.0 else 0
         return self.values.numel() * self.bits + width * self.scale.numel() + table + tensor_scale
@@ -190,7 +190,7 @@ class TwoLevel:
 
 @dataclass(frozen=True)
 class Patched:
-    """``base`` with single weights replaced: ``row``, ``column`` (count,) int64 sorted by row; ``value`` (count,) fp16-exact."""
+    """``base`` with single weights replaced: ``row``, ``column``, ``value`` (count,), sorted by row, fp16-exact."""
 
     base: Stored
     row: Tensor
@@ -251,7 +251,7 @@ class Scaled:
 
     @property
     def size(self) -> int:
-        return stored_bits(self.base) + 16 * self.factor.numel()
+        return stored_bits(self.base) + 32 * self.factor.numel()
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,18 @@
 """Quantization: which levels weights may take."""
 
 from ...core import Method
+from .autoround import AutoRound, autoround
+from .awq import AWQ, awq
+from .bcq import BCQ, bcq
+from .codebook import Codebook, codebook
+from .descent import Descent, descent
+from .gobo import GOBO, gobo
 from .gptq import GPTQ, gptq
+from .hqq import HQQ, hqq
+from .loftq import LoftQ, loftq
+from .quip import QuIP, quip
 from .rtn import RTN, rtn
+from .spqr import SpQR, spqr
 
 _CODES = frozenset({"codes"})
 
@@ -12,6 +22,46 @@ METHODS = {
         Method("rtn", "quantize", "solver", "round to nearest", "baseline", RTN, rtn, makes=_CODES),
         Method(
             "gptq", "quantize", "solver", "rounding with error feedback", "arXiv 2210.17323", GPTQ, gptq,
+            needs=frozenset({"gram"}), makes=_CODES,
+        ),
+        Method(
+            "hqq", "quantize", "solver", "zero points that make the error sparse, without data", "Badri & Shaji 2023 (blog)", HQQ, hqq,
+            makes=_CODES,
+        ),
+        Method(
+            "awq", "quantize", "solver", "inputs that matter are scaled up before rounding", "arXiv 2306.00978", AWQ, awq,
+            needs=frozenset({"gram"}), makes=_CODES,
+        ),
+        Method(
+            "autoround", "quantize", "solver", "rounding learned by signed gradients", "arXiv 2309.05516", AutoRound, autoround,
+            needs=frozenset({"gram"}), makes=_CODES,
+        ),
+        Method(
+            "gptq-descent", "quantize", "solver", "GPTQ, then coordinate descent and re-fitted scales", "arXiv 2309.01885", Descent, descent,
+            needs=frozenset({"gram"}), makes=_CODES,
+        ),
+        Method(
+            "quip", "quantize", "solver", "random rotations, then rounding with error feedback", "arXiv 2307.13304", QuIP, quip,
+            needs=frozenset({"gram"}), makes=_CODES,
+        ),
+        Method(
+            "spqr", "quantize", "solver", "tiny groups, quantized scales, outliers kept", "arXiv 2306.03078", SpQR, spqr,
+            needs=frozenset({"gram"}), makes=_CODES,
+        ),
+        Method(
+            "gobo", "quantize", "solver", "outliers kept, the rest share a few values", "arXiv 2005.03842", GOBO, gobo,
+            makes=_CODES,
+        ),
+        Method(
+            "bcq", "quantize", "solver", "sums of scaled sign vectors (LUT-GEMM)", "arXiv 2206.09557", BCQ, bcq,
+            makes=_CODES,
+        ),
+        Method(
+            "codebook", "quantize", "solver", "NF4, FP4, MXFP4, NVFP4, FP8, powers of two, k-means", "arXiv 2305.14314", Codebook, codebook,
+            needs=frozenset({"inputs"}), makes=_CODES,
+        ),
+        Method(
+            "loftq", "quantize", "solver", "quantized base and low-rank correction found together", "arXiv 2310.08659", LoftQ, loftq,
             needs=frozenset({"gram"}), makes=_CODES,
         ),
     )

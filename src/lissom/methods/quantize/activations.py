@@ -1,0 +1,100 @@
+"""Activations: simulated (fake) quantization, static or dynamic, and the integer-only arithmetic that it stands for.
+
+Static: the range comes from calibration and is constant. Dynamic: from the live tensor, per tensor or per token.
+Integer-only (methods/02 §0.3): with x ≈ s_x (q_x − z_x), W ≈ s_w q_w, y ≈ s_y (q_y − z_y),
+
+    acc = Σ (q_x − z_x) q_w + q_b            int32, bias at scale s_x s_w
+    q_y = clamp(round(acc · M) + z_y),       M = s_x s_w / s_y ≈ m · 2^−n  (dyadic, m a 31-bit integer)
+
+Source: Jacob et al., CVPR 2018 (arXiv 1712.05877), §2.2; activations of shape (tokens, in), weights (out, in).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import ranges
+
+Calibrate = Literal["minmax", "absmax", "percentile", "mse", "entropy"]
+
+
+@dataclass(frozen=True)
+class ActivationGrid:
+    """``per`` tensor | token; ``dynamic``: range of the live tensor. ``calibrate`` is used for static ranges only."""
+
+    bits: int = 8
+    symmetric: bool = True
+    per: Literal["tensor", "token"] = "token"
+    dynamic: bool = True
+    calibrate: Calibrate = "absmax"
+    percent: float = 99.99
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"bits must be 2 … 8, not {self.bits}")
+        if self.per == "token" and not self.dynamic:
+            raise ValueError("tokens are not known before they arrive: per-token grids must be dynamic")
+
+    def range(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Interval of each group of ``x: (groups, n)``."""
+        if self.calibrate == "percentile":
+            return ranges.percentile(x, self.percent)
+        if self.calibrate == "mse":
+            return ranges.mse(x, self.bits, self.symmetric)
+        if self.calibrate == "entropy":
+            return ranges.entropy(x, self.bits)
+        return ranges.absmax(x) if self.calibrate == "absmax" else ranges.minmax(x)
+
+
+def calibrated(x: Tensor, config: ActivationGrid) -> tuple[Tensor, Tensor]:
+    """Static scale and zero point, (1, 1), from calibration activations ``x: (tokens, in)``."""
+    return ranges.grid(*config.range(x.reshape(1, -1)), config.bits, config.symmetric)
+
+
+def fake_activation(x: Tensor, config: ActivationGrid, static: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Simulated quantization of ``x: (…, in)``; ``static`` from :func:`calibrated` when the grid is not dynamic."""
+    shape = x.shape
+    flat = x.reshape(-1, shape[-1])
+    if static is None:
+        if not config.dynamic:
+            raise ValueError("a static activation grid needs its calibrated scale and zero point")
+        live = flat if config.per == "token" else flat.reshape(1, -1)
+        bounds = ranges.absmax(live) if config.symmetric else ranges.minmax(live)
+        static = ranges.grid(*bounds, config.bits, config.symmetric)
+    return ranges.fake(flat, *static, config.bits, config.symmetric).reshape(shape)
+
+
+def dyadic(multiplier: Tensor, bits: int = 31) -> tuple[Tensor, Tensor]:
+    """``M ≈ m · 2^−n`` with integers m < 2^bits and n, of M's shape (int64); the relative error is below 2^−(bits−1)."""
+    if not bool((multiplier > 0).all()) or not bool(torch.isfinite(multiplier).all()):
+        raise ValueError("a requantization multiplier must be positive and finite")
+    mantissa, exponent = torch.frexp(multiplier.double())
+    m = torch.round(mantissa * 2**bits).long()
+    carry = m == 2**bits  # rounding reached the next power of two
+    return torch.where(carry, m // 2, m), bits - exponent.long() - carry.long()
+
+
+def requantize(acc: Tensor, m: Tensor, n: Tensor, zero: int, low: int, high: int) -> Tensor:
+    """``clamp(round(acc · m · 2^−n) + zero, low, high)`` in integers; halves round up. acc: |acc| < 2^31."""
+    shift = n.clamp_min(1)
+    product = acc.long() * m
+    # a shift beyond 62 leaves nothing of a 62-bit product
+    rounded = torch.where(shift > 62, torch.zeros_like(product), (product + (1 << (shift.clamp_max(62) - 1))) >> shift)
+    rounded = torch.where(n < 1, product << (-n).clamp_min(0), rounded)
+    return (rounded + zero).clamp(low, high)
+
+
+def integer_linear(
+    q_x: Tensor, z_x: int, q_w: Tensor, bias: Tensor | None, M: Tensor, z_y: int, bits: int = 8, symmetric: bool = True
+) -> Tensor:
+    """A linear layer in integers: ``q_x (tokens, in)``, ``q_w (out, in)``, ``bias (out,)`` int at scale s_x s_w,
+    ``M (out,)`` = s_x s_w / s_y. Returns int64 codes (tokens, out)."""
+    acc = (q_x.long() - z_x) @ q_w.long().T
+    if bias is not None:
+        acc = acc + bias.long()
+    top = 2 ** (bits - 1) - 1 if symmetric else 2**bits - 1
+    return requantize(acc, *dyadic(M), z_y, -top if symmetric else 0, top)
