@@ -19,6 +19,7 @@ from .stats import Stats, gram_product, merge
 from .stored import (
     Affine,
     Binary,
+    Columns,
     Levels,
     LowRank,
     Masked,
@@ -42,6 +43,7 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "Codes",
+    "Columns",
     "Constraint",
     "Factor",
     "Fixed",

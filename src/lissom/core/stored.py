@@ -219,6 +219,28 @@ class Patched:
 
 
 @dataclass(frozen=True)
+class Columns:
+    """``base`` with whole inputs replaced: ``index`` (count,) rising, ``value`` (out, count), fp16-exact."""
+
+    base: Stored
+    index: Tensor
+    value: Tensor
+
+    def decode(self) -> Tensor:
+        w = self.base.decode()
+        w[:, self.index] = self.value
+        return w
+
+    def rows(self, start: int, stop: int) -> Columns:
+        return Columns(self.base.rows(start, stop), self.index, self.value[start:stop])
+
+    @property
+    def size(self) -> int:
+        """The codes that are replaced are counted too: removing them is the file's choice."""
+        return stored_bits(self.base) + 16 * self.value.numel() + 16 * self.index.numel()
+
+
+@dataclass(frozen=True)
 class Masked:
     """``base`` with exact zeros where ``mask`` (out, in) bool is False: for forms that have no level at zero."""
 

@@ -9,10 +9,14 @@ from .descent import Descent, descent
 from .gobo import GOBO, gobo
 from .gptq import GPTQ, gptq
 from .hqq import HQQ, hqq
+from .llm_int8 import LLMInt8, llm_int8
 from .loftq import LoftQ, loftq
+from .omniquant import OmniQuant, omniquant
 from .quip import QuIP, quip
 from .rtn import RTN, rtn
+from .smoothquant import SmoothQuant, smoothquant
 from .spqr import SpQR, spqr
+from .vs_quant import VSQuant, vs_quant
 
 _CODES = frozenset({"codes"})
 
@@ -63,6 +67,22 @@ METHODS = {
         Method(
             "loftq", "quantize", "solver", "quantized base and low-rank correction found together", "arXiv 2310.08659", LoftQ, loftq,
             needs=frozenset({"gram"}), makes=_CODES,
+        ),
+        Method(
+            "omniquant", "quantize", "solver", "clipping of ranges learned by gradients", "arXiv 2308.13137", OmniQuant, omniquant,
+            needs=frozenset({"gram"}), makes=_CODES,
+        ),
+        Method(
+            "smoothquant", "quantize", "solver", "outliers of activations migrate to weights", "arXiv 2211.10438", SmoothQuant, smoothquant,
+            needs=frozenset({"inputs"}), makes=_CODES,
+        ),
+        Method(
+            "llm-int8", "quantize", "solver", "outlier inputs in half precision, the rest INT8", "arXiv 2208.07339", LLMInt8, llm_int8,
+            needs=frozenset({"inputs"}), makes=_CODES,
+        ),
+        Method(
+            "vs-quant", "quantize", "solver", "a quantized scale for every short vector", "arXiv 2102.04503", VSQuant, vs_quant,
+            makes=_CODES,
         ),
     )
 }  # fmt: skip
