@@ -7,8 +7,8 @@ Columns are decided from left to right. With ``H⁻¹ = UᵀU``, the error of co
 which is the optimal update of the columns that are still free, under the assumption that all columns
 before j are fixed in every row. What ``q`` may be is the constraint's business: zero where the pattern
 drops the weight, the nearest level where there is a grid. Work inside a block of columns is done on
-transposed copies (a column of W is then contiguous); the columns after the block are updated by one
-matrix product.
+transposed copies (a column of W is then contiguous); rank-one updates reach to the end of a narrow block of 32
+columns, matrix products do the rest of the block and the columns after it.
 
     zero + level choice   select at block starts (unstructured) or every m columns (N:M);
                           grids fitted at each group start on the *current* weights
@@ -26,7 +26,7 @@ from .factor import Factor
 from .grid import Codes, GridParams
 from .problem import Problem, Solved
 
-_BLOCK = 128
+_BLOCK, _NARROW = 128, 32
 
 
 def block_width(problem: Problem, wanted: int = _BLOCK) -> int:
@@ -37,6 +37,15 @@ def block_width(problem: Problem, wanted: int = _BLOCK) -> int:
     if group is not None and group < columns:
         unit = math.lcm(unit, group)
     return min(columns, unit * max(1, wanted // unit))
+
+
+def _narrow(unit: int, group: int, width: int) -> int:
+    """Columns between two matrix products inside a block: rank-one updates reach no further.
+
+    Patterns and groups that look ahead must find their columns up to date, so they begin with a narrow block or lie in one.
+    """
+    narrow = unit * max(1, _NARROW // unit)
+    return narrow if group >= width or group % narrow == 0 or narrow % group == 0 else width
 
 
 def sweep(
@@ -61,10 +70,13 @@ def sweep(
     if constraint.sparse and order is not None and constraint.width > 1:
         raise ValueError("N:M patterns cannot be swept in activation order: groups would not be contiguous")
     width = block_width(problem, block)
+    narrow = _narrow(constraint.width, group, width)
 
-    static: GridParams | None = None
+    fitted: list[GridParams] = []
+    static: GridParams | None = None  # transposed: (groups, rows)
     if constraint.quantized and (static_groups or order is not None or group >= columns):
-        static = constraint.fit_all(W)
+        fitted = [constraint.fit_all(W)]
+        static = GridParams(*(t.T.contiguous() for t in (fitted[0].scale, fitted[0].zero, fitted[0].levels)))
     if order is not None:
         W = W[:, order]
     group_of = (torch.arange(columns) if order is None else order) // group
@@ -72,7 +84,6 @@ def sweep(
     Q = torch.empty_like(W)
     keep_all = torch.empty_like(W, dtype=torch.bool) if constraint.sparse else None
     values = torch.empty(rows, columns, dtype=torch.uint8) if constraint.quantized else None
-    fitted: list[GridParams] = []
     loss = torch.zeros(rows, dtype=W.dtype)
     params: GridParams | None = None
 
@@ -85,46 +96,53 @@ def sweep(
         d = u.diagonal()
         keep: Tensor | None = None
         q_block = torch.empty_like(w)
+        code_block = torch.empty_like(w, dtype=torch.uint8) if values is not None else None
         if constraint.sparse and constraint.width == 1:
             keep = _select(problem, (w / d[:, None]).square().T, start, stop, order).T.contiguous()
         elif constraint.sparse:
             keep = torch.empty_like(w, dtype=torch.bool)
-        for i in range(span):
-            column = start + i
-            if keep is not None and constraint.width > 1 and i % constraint.width == 0:
-                end = i + constraint.width
-                score = (w[i:end] / d[i:end, None]).square().T
-                keep[i:end] = constraint.select(score, column).T
-            if constraint.quantized:
-                if static is not None:
-                    g = int(group_of[column])
-                    params = GridParams(static.scale[:, g], static.zero[:, g], static.levels[:, g])
-                elif column % group == 0:
-                    # the block's own columns are newest in `w`, later ones in `W`
-                    ahead = [w[i : i + group].T]
-                    if keep is not None and constraint.width == 1:
-                        ahead = [(w[i : i + group] * keep[i : i + group]).T]
-                    if i + group > span:
-                        ahead.append(W[:, stop : column + group])
-                    fit = constraint.fit(torch.cat(ahead, 1))
-                    fitted.append(fit)
-                    params = GridParams(fit.scale[:, 0], fit.zero[:, 0], fit.levels[:, 0])
-            value = w[i]
-            q = value
-            if keep is not None:
-                q = torch.where(keep[i], q, 0.0)  # a product would leave −0.0
-            if params is not None:
-                code = params.round(q)
-                assert values is not None
-                values[:, column] = code.to(torch.uint8)
-                q = params.decode(code)
-            q_block[i] = q
-            e = (value - q) / d[i]
-            errors[i] = e
-            if i + 1 < span:
-                w[i + 1 :].addr_(u[i, i + 1 :], e, alpha=-1)
+        for begin in range(0, span, narrow):
+            end = min(begin + narrow, span)
+            for i in range(begin, end):
+                column = start + i
+                if keep is not None and constraint.width > 1 and i % constraint.width == 0:
+                    together = slice(i, i + constraint.width)
+                    score = (w[together] / d[together, None]).square().T
+                    keep[together] = constraint.select(score, column).T
+                if constraint.quantized:
+                    if static is not None:
+                        g = int(group_of[column])
+                        params = GridParams(static.scale[g], static.zero[g], static.levels[g])
+                    elif column % group == 0:
+                        # the block's own columns are newest in `w`, later ones in `W`
+                        ahead = [w[i : i + group].T]
+                        if keep is not None and constraint.width == 1:
+                            ahead = [(w[i : i + group] * keep[i : i + group]).T]
+                        if i + group > span:
+                            ahead.append(W[:, stop : column + group])
+                        fit = constraint.fit(torch.cat(ahead, 1))
+                        fitted.append(fit)
+                        params = GridParams(fit.scale[:, 0], fit.zero[:, 0], fit.levels[:, 0])
+                value = w[i]
+                q = value
+                if keep is not None:
+                    q = torch.where(keep[i], q, 0.0)  # a product would leave −0.0
+                if params is not None:
+                    code = params.round(q)
+                    assert code_block is not None
+                    code_block[i] = code.to(torch.uint8)
+                    q = params.decode(code)
+                q_block[i] = q
+                e = (value - q) / d[i]
+                errors[i] = e
+                if i + 1 < end:
+                    w[i + 1 : end].addr_(u[i, i + 1 : end], e, alpha=-1)
+            if end < span:
+                w[end:].addmm_(u[begin:end, end:].T, errors[begin:end], alpha=-1)
         loss += 0.5 * errors.square().sum(0)
         Q[:, start:stop] = q_block.T
+        if values is not None and code_block is not None:
+            values[:, start:stop] = code_block.T
         if keep_all is not None and keep is not None:
             keep_all[:, start:stop] = keep.T
         if stop < columns:
@@ -137,9 +155,7 @@ def sweep(
         values = values[:, inverse] if values is not None else None
     codes = None
     if values is not None:
-        scales = static or GridParams(
-            *(torch.cat([getattr(f, k) for f in fitted], 1) for k in ("scale", "zero", "levels"))
-        )
+        scales = GridParams(*(torch.cat([getattr(f, k) for f in fitted], 1) for k in ("scale", "zero", "levels")))
         codes = Codes(values.contiguous(), scales.scale, scales.zero, scales.bits, group)
     notes = {"damping": factor.damping, "dead": float(factor.dead.sum())}
     return Solved(Q.contiguous(), codes, keep_all, loss, notes)
