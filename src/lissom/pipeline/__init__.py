@@ -1,5 +1,8 @@
 """The only orchestration: recipes, plans, runs."""
 
-from .recipe import read, shipped
+from .compress import compress, plan
+from .look import inspect
+from .planning import Plan
+from .recipe import Recipe, read, shipped
 
-__all__ = ["read", "shipped"]
+__all__ = ["Plan", "Recipe", "compress", "inspect", "plan", "read", "shipped"]

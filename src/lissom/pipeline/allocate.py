@@ -13,7 +13,7 @@ from ..core import Both, Budget, LayerSummary, Problem, Stack
 from ..evaluate import token_losses
 from ..models import Linear, Model
 from .data import CalibrationSet, embed
-from .plan import Plan, allocation_for, allocation_samples, wanted
+from .planning import Plan, allocation_for, allocation_samples, wanted
 from .recipe import Step
 from .stream import solve_stage, stream_block
 

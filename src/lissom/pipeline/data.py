@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +47,7 @@ def load_calibration(tokenizer: Any, settings: Calibration, vocabulary: int, hel
 
 
 @torch.no_grad()
-def embed(model: Model, ids: Tensor) -> list[Tensor]:
-    """Hidden states before block 0, (batch, tokens, width) each."""
+def embed(model: Model, ids: Tensor, outer: Mapping[str, Tensor] | None = None) -> list[Tensor]:
+    """Hidden states before block 0, (batch, tokens, width) each; ``outer``: tensors to use instead of the file's."""
     size = max(1, _BATCH_TOKENS // ids.shape[1])
-    return [model.embed(batch) for batch in ids.split(size)]
+    return [model.embed(batch, outer=outer) for batch in ids.split(size)]

@@ -21,9 +21,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..core import Both, Budget, Factor, Fixed, NumericalError, Problem, Solved, Stack, Stats, merge
+from ..core import NM, Both, Budget, Factor, Fixed, NumericalError, Pattern, Problem, Solved, Stack, Stats, merge
 from ..models import Block, Linear
-from .plan import constraint_for, wanted
+from .planning import constraint_for, wanted
 from .recipe import Step
 
 Visit = Callable[[tuple[Linear, ...], Stats], None]
@@ -99,11 +99,11 @@ def stream_block(
 
 @dataclass(frozen=True)
 class LayerResult:
-    """One solved layer and the numbers that the manifest keeps."""
+    """One solved layer and the numbers that the manifest keeps. ``pattern``: "dense", "unstructured" or "N:M"."""
 
     layer: Linear
     solved: Solved
-    constraint: Both
+    pattern: str
     relative_error: float
     error: float
     notes: Mapping[str, float] = field(default_factory=dict)
@@ -145,6 +145,7 @@ def _solve_stack(
     W = torch.cat([weights[layer.name] for layer in layers])
     names = tuple(layer.name for layer in layers)
     problem, solved = Problem(W, stats, Stack(((len(W), Both()),)), names, None, factors), None
+    patterns = ["dense"] * len(layers)
     for step, budget in chain:
         parts = [(layer.rows, constraint_for(layer, step.constraint, budget)) for layer in layers]
         if solved is not None:
@@ -152,6 +153,7 @@ def _solve_stack(
         constraint = Stack(tuple(parts))
         if not constraint.sparse and not constraint.quantized:
             continue
+        patterns = [_pattern(part.pattern, old) for (_, part), old in zip(parts, patterns, strict=True)]
         problem = replace(problem, constraint=constraint, start=solved)
         solved = step.method.run(problem, step.config)
         if not bool(torch.isfinite(solved.weight).all()):
@@ -160,12 +162,21 @@ def _solve_stack(
         return []
     energy, results, row = problem.energy(), [], 0
     parts = problem.split(solved)
-    for layer, (_, constraint) in zip(layers, problem.constraint.parts, strict=True):
+    for layer, pattern in zip(layers, patterns, strict=True):
         part = parts[layer.name]
         error, scale = float(part.error.sum()), float(energy[row : row + layer.rows].sum())
-        results.append(LayerResult(layer, part, constraint, error / max(scale, 1e-30), error, part.notes))
+        results.append(LayerResult(layer, part, pattern, error / max(scale, 1e-30), error, part.notes))
         row += layer.rows
     return results
+
+
+def _pattern(pattern: Pattern | None, before: str) -> str:
+    """The pattern of a layer after a step: steps that keep an earlier mask keep its N:M."""
+    if isinstance(pattern, NM):
+        return f"{pattern.n}:{pattern.m}"
+    if isinstance(pattern, Fixed) and before != "dense":
+        return before
+    return "dense" if pattern is None else "unstructured"
 
 
 def _inherit(parts: list[tuple[int, Both]], problem: Problem, solved: Solved, step: Step) -> list[tuple[int, Both]]:

@@ -1,0 +1,147 @@
+"""From solved layers to the files of the artefact, and the weights that go on through the stream.
+
+What goes on is what a reader of the file will get: every tensor is encoded, decoded again, and only then used, so that
+the statistics of later layers – and the reported errors – are those of the artefact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core import Both, Grid, Problem, Solved, Stack, Stats
+from ..export import ArtefactWriter, Layout, codec_named
+from ..models import Block, Linear, Model
+from .recipe import Save
+from .stream import LayerResult
+from .verify import checksum
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What the manifest keeps of a linear layer. ``bytes`` on disk; ``checksum`` CRC-32 of the decoded fp32 weights."""
+
+    name: str
+    block: int
+    role: str
+    shape: list[int]
+    weights: int
+    pattern: str
+    sparsity: float
+    bits: int
+    group_size: int | None
+    cluster: int | None
+    error: float | None
+    relative_error: float | None
+    damping: float | None
+    dead_inputs: int
+    bytes: int
+    checksum: int
+
+
+def artefact_dtype(model: Model, wanted: str) -> torch.dtype:
+    """``auto``: the checkpoint's own dtype; half precision for GGUF, whose tensors are dequantized from blocks."""
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    if getattr(model.checkpoint, "format", "") == "gguf":
+        return torch.float16
+    stored = model.checkpoint.dtype(model.embed_name)
+    return stored if stored in (torch.float16, torch.bfloat16, torch.float32) else torch.float16
+
+
+class Artefact:
+    """Writes into ``work``; block i is file i, everything outside of blocks is one more."""
+
+    def __init__(self, work: Path, model: Model, save: Save):
+        self.model, self.save = model, save
+        self.codec = codec_named(save.format)
+        self.dtype = artefact_dtype(model, save.dtype)
+        self.writer = ArtefactWriter(work)
+        self._entries: dict[str, dict[str, Any]] = {}
+        self._pending: dict[str, Tensor] = {}
+
+    def has(self, i: int) -> bool:
+        """Whether block ``i`` is complete on disk."""
+        return self.writer.has(f"block-{i:05d}")
+
+    def store(self, name: str, solved: Solved, layout: Layout) -> tuple[Tensor, int]:
+        """Encode one matrix; returns the weights as they decode and the bytes they take."""
+        local = self.codec.encode(solved, layout)
+        entry = self.codec.entry(solved, layout)
+        stored = self.codec.decode(local, entry).weight
+        self._entries[name] = entry
+        self._pending |= {f"{name}.{k}": v for k, v in local.items()}
+        return stored, sum(t.numel() * t.element_size() for t in local.values())
+
+    def layer(
+        self, block: Block, layer: Linear, result: LayerResult | None, cluster: int | None
+    ) -> tuple[LayerRecord, Tensor]:
+        """Encode a linear layer (dense when no step touched it)."""
+        transposed = self.model.architecture.transposed
+        if result is None:
+            kept = block.weight(layer.name).to(self.dtype)
+            self._pending[f"{layer.name}.weight"] = (kept.T if transposed else kept).contiguous()
+            stored, size, pattern, bits, group = kept.float(), kept.numel() * kept.element_size(), "dense", 16, None
+        else:
+            pattern = result.pattern
+            stored, size = self.store(layer.name, result.solved, Layout(self.dtype, pattern, transposed))
+            codes = result.solved.codes
+            bits, group = (codes.bits, codes.group_size) if codes else (16, None)
+        notes: Mapping[str, float] = result.notes if result else {}
+        record = LayerRecord(
+            layer.name, layer.block, layer.role, [layer.rows, layer.columns], layer.rows * layer.columns, pattern,
+            float((stored == 0).double().mean()), bits, group, cluster,
+            result.error if result else None, result.relative_error if result else None,
+            notes.get("damping"), int(notes.get("dead", 0)), size, checksum(stored),
+        )  # fmt: skip
+        return record, stored
+
+    def settle(self, block: Block) -> None:
+        """Round what is not a linear layer (norms, biases) as the file will hold it, before the block runs."""
+        linear = {f"{layer.name}.weight" for layer in block.linears}
+        for name, value in block.parameters.items():
+            if name not in linear and value.is_floating_point():
+                block.set_parameter(name, value.to(self.dtype).float())
+
+    def block(self, i: int, block: Block) -> None:
+        """Write block ``i``: its linear layers as encoded, the rest in the artefact's dtype."""
+        linear = {f"{layer.name}.weight" for layer in block.linears}
+        rest = {k: v.to(self.dtype) for k, v in block.tensors().items() if k not in linear}
+        self.writer.add(f"block-{i:05d}", self._pending | rest, self._entries)
+        self._pending, self._entries = {}, {}
+
+    def outer(self) -> dict[str, Tensor]:
+        """Write everything outside of blocks; returns the tensors as a reader gets them, fp32, by name.
+
+        Embedding and head are rounded to nearest on a grid of ``embedding_bits`` when the recipe says so.
+        """
+        quantize = {self.model.embed_name, self.model.head_name} if self.save.embedding_bits != 16 else set()
+        out: dict[str, Tensor] = {}
+        for name in self.model.outer_names():
+            value = self.model.checkpoint.tensor(name)
+            if name in quantize:
+                grid = Grid(self.save.embedding_bits, min(self.save.embedding_group_size, value.shape[1]))
+                problem = Problem(
+                    value.float(), Stats.empty(value.shape[1], gram=False), Stack(((len(value), Both(None, grid)),))
+                )
+                out[name], _ = self.store(
+                    name.removesuffix(".weight"), problem.project(problem.weight), Layout(self.dtype)
+                )
+            else:
+                kept = value.to(self.dtype) if value.is_floating_point() else value
+                self._pending[name], out[name] = kept, kept.float() if value.is_floating_point() else kept
+        self.writer.add("outer", self._pending, self._entries)
+        self._pending, self._entries = {}, {}
+        return out
+
+    def close(self) -> dict[str, int]:
+        """Write index, configuration and tokenizer; returns bytes by part of the finished weight files."""
+        entries = self.writer.entries()
+        quantization = self.codec.config(entries, Layout(self.dtype)) if entries else None
+        self.writer.finish(self.model.checkpoint, self.dtype, quantization)
+        return self.writer.bytes_by_part()

@@ -1,0 +1,331 @@
+"""The whole run: open, plan, embed, allocate, solve block by block, close, load back and compare.
+
+Everything durable lives in ``OUT.partial`` until the end: ``run.json`` (what the run is), ``budgets.json``, one weight
+file per finished block, and the hidden states after the newest finished block. A killed run goes on from there
+and ends with the same bytes; ``OUT`` appears complete or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .. import __version__
+from ..core import Budget, OutputError
+from ..export import open_model
+from ..models import Linear, Model
+from . import recipe as recipes
+from .allocate import Budgets, budgets_for, needs_held_out
+from .artefact import Artefact, LayerRecord
+from .data import CalibrationSet, embed, load_calibration
+from .planning import Plan, make_plan
+from .stream import Spill, solve_stage, stream_block
+from .verify import verify
+
+Tick = Callable[[str, int, int], None]
+Note = Callable[[str], None]
+
+
+def plan(
+    source: str | Path, recipe: Any = "aggressive", *, overrides: Sequence[str] = (), out: str | Path | None = None
+) -> Plan:
+    """Resolve a recipe against a model without touching weights. Raises ``RecipeError`` with all mistakes."""
+    return make_plan(Model(open_model(source)), recipes.read(recipe, overrides), Path(out) if out else None)
+
+
+@torch.no_grad()
+def compress(
+    source: str | Path,
+    out: str | Path,
+    recipe: Any = "aggressive",
+    *,
+    overrides: Sequence[str] = (),
+    resume: bool = True,
+    spill: bool = False,
+    tick: Tick | None = None,
+    note: Note | None = None,
+    command: str = "",
+) -> dict[str, Any]:
+    """Compress the checkpoint ``source`` into the directory ``out``.
+
+    ``recipe``: shipped name, YAML file, mapping, or list of steps; ``overrides``: "key=value" strings as of ``--set``.
+    ``resume=False`` throws away what an interrupted run left. ``spill`` keeps waiting activations on disk.
+    ``tick(label, done, total)`` and ``note(text)`` report progress. Returns the manifest with timings.
+    Raises :class:`lissom.core.LissomError` subclasses before work starts when anything does not fit.
+    """
+    started = time.perf_counter()
+    target = Path(out)
+    if target.exists():
+        raise OutputError(f"{target} exists; choose another directory or remove it")
+    _writable(target)
+    checked = recipes.read(recipe, overrides)
+    checkpoint = open_model(source)
+    model = Model(checkpoint)
+    made = make_plan(model, checked, target)
+    data = load_calibration(checkpoint.tokenizer(), checked.calibration, model.config.vocab_size, needs_held_out(made))
+    for warning in made.warnings:
+        _say(note, f"note: {warning}")
+    identity = {
+        "lissom": __version__,
+        "source": checkpoint.fingerprint(),
+        "recipe": {k: v for k, v in checked.describe().items() if k in ("steps", "save")},
+        "calibration": {"hash": data.hash, "held_out": len(data.held_out), **asdict(checked.calibration)},
+        "threads": torch.get_num_threads(),
+    }
+    work = target.with_name(target.name + ".partial")
+    _start(work, identity, resume, note)
+    stages: dict[str, float] = {}
+
+    clock = time.perf_counter()
+    budgets, allocation = _budgets(work, model, made, data, tick)
+    stages["allocate"] = time.perf_counter() - clock
+
+    clock = time.perf_counter()
+    artefact = Artefact(work, model, checked.save)
+    records = _blocks(work, model, made, budgets, data, artefact, spill, tick, note)
+    stages["blocks"] = time.perf_counter() - clock
+
+    clock = time.perf_counter()
+    hidden = load_file(_hidden_files(work)[model.blocks])
+    manifest = {
+        "lissom": __version__,
+        "source": str(source),
+        "command": command,
+        "recipe": checked.describe(),
+        "model": made.model,
+        "warnings": list(made.warnings),
+        "calibration": identity["calibration"],
+        "allocation": allocation,
+        "layers": [asdict(r) for r in records],
+        "dense_bytes": checkpoint.bytes,
+        "versions": _versions(),
+    }
+    after = artefact.close()
+    size = sum(after.values())
+    linear = sum(r.weights for r in records)
+    manifest |= {
+        "bytes": size,
+        "bits_per_weight": 8 * size / model.parameters_count,
+        "linear_bits_per_weight": 8 * sum(r.bytes for r in records) / max(linear, 1),
+        "sparsity": sum(r.sparsity * r.weights for r in records) / max(linear, 1),
+        "bytes_before": _bytes_before(model, checkpoint.bytes),
+        "bytes_after": _bytes_after(records, size),
+    }
+    stages["save"] = time.perf_counter() - clock
+
+    clock = time.perf_counter()
+    manifest |= {"verified": verify(work, manifest, data.ids[:1], _first(hidden), note)}
+    stages["verify"] = time.perf_counter() - clock
+    timings = {
+        "seconds": time.perf_counter() - started,
+        "stages": stages,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "calibration_tokens": data.ids.numel(),
+    }
+    _dump(work / "manifest.json", manifest)
+    _dump(work / "timings.json", timings)
+    for leftover in (
+        *_hidden_files(work).values(),
+        work / "run.json",
+        work / "budgets.json",
+        *work.glob("records-*.json"),
+    ):
+        leftover.unlink(missing_ok=True)
+    os.replace(work, target)
+    return manifest | timings | {"out": str(target)}
+
+
+def _say(note: Note | None, text: str) -> None:
+    if note:
+        note(text)
+
+
+def _writable(target: Path) -> None:
+    parent = target.absolute().parent
+    if not parent.is_dir():
+        raise OutputError(f"the directory {parent} does not exist; create it first")
+    if not os.access(parent, os.W_OK):
+        raise OutputError(f"no permission to write into {parent}")
+
+
+def _start(work: Path, identity: Mapping[str, Any], resume: bool, note: Note | None) -> None:
+    """Make or re-enter the working directory; refuses to go on when the run's inputs changed."""
+    path = work / "run.json"
+    if work.exists() and not resume:
+        shutil.rmtree(work)
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = _differences(before, json.loads(json.dumps(identity)))
+        if changed:
+            raise OutputError(
+                f"{work} holds an unfinished run with other inputs:\n  "
+                + "\n  ".join(changed)
+                + "\ngo on with the old inputs, start over with --fresh, or choose another OUT"
+            )
+        _say(note, f"resuming the unfinished run in {work}")
+        return
+    if work.exists():
+        shutil.rmtree(work)  # a run that was killed before it had a name
+    work.mkdir(parents=True)
+    _dump(path, identity)
+
+
+def _differences(a: Any, b: Any, at: str = "") -> list[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [
+            d
+            for key in dict.fromkeys([*a, *b])
+            for d in _differences(a.get(key), b.get(key), f"{at}.{key}".lstrip("."))
+        ]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in _differences(x, y, f"{at}[{i}]")]
+    return [] if a == b else [f"{at}: was {a!r}, now {b!r}"]
+
+
+def _dump(path: Path, data: Any) -> None:
+    """Write JSON so that the file is whole or absent."""
+    temporary = path.with_name(path.name + ".new")
+    try:
+        temporary.write_text(json.dumps(data, indent=1, sort_keys=True), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path}: {error.strerror}; what is finished is kept, free space and run again"
+        ) from error
+    os.replace(temporary, path)
+
+
+def _budgets(
+    work: Path, model: Model, made: Plan, data: CalibrationSet, tick: Tick | None
+) -> tuple[Budgets, dict[str, Any]]:
+    path = work / "budgets.json"
+    if not path.exists():
+        budgets, record = budgets_for(model, made, data, tick)
+        _dump(path, {"budgets": {str(i): asdict(b) for i, b in budgets.items()}, "record": record})
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    return {int(i): Budget(b["quantity"], b["values"], b["cluster"]) for i, b in saved["budgets"].items()}, saved[
+        "record"
+    ]
+
+
+def _hidden_files(work: Path) -> dict[int, Path]:
+    """Hidden states on disk by the number of blocks that made them."""
+    return {int(p.stem.split("-")[1]): p for p in work.glob("hidden-*.safetensors")}
+
+
+def _first(hidden: Mapping[str, Tensor]) -> Tensor:
+    return hidden["00000"][:1]
+
+
+def _keep_hidden(work: Path, done: int, hidden: list[Tensor]) -> None:
+    """Save the hidden states after ``done`` blocks, then drop the older ones."""
+    temporary, path = work / "hidden.new", work / f"hidden-{done:05d}.safetensors"
+    save_file({f"{i:05d}": h.contiguous() for i, h in enumerate(hidden)}, temporary)
+    os.replace(temporary, path)
+    for number, old in _hidden_files(work).items():
+        if number != done:
+            old.unlink()
+
+
+def _blocks(
+    work: Path,
+    model: Model,
+    made: Plan,
+    budgets: Budgets,
+    data: CalibrationSet,
+    artefact: Artefact,
+    spill: bool,
+    tick: Tick | None,
+    note: Note | None,
+) -> list[LayerRecord]:
+    """Solve and save every block that is not finished yet."""
+    steps = [(s, budgets.get(i)) for i, s in enumerate(made.recipe.steps) if s.method.kind == "solver"]
+    gram = any("gram" in s.method.needs for s, _ in steps)
+    waiting = Spill(work) if spill else None
+    saved = _hidden_files(work)
+    done = max((n for n in saved if all(artefact.has(i) for i in range(n))), default=None)
+    if done is None:
+        outer = artefact.outer()
+        hidden = embed(model, data.ids, outer)
+        del outer
+        model.release()
+        done = 0
+    else:
+        hidden = [h for _, h in sorted(load_file(saved[done]).items())]
+    records = [LayerRecord(**r) for i in range(done) for r in json.loads((work / f"records-{i:05d}.json").read_text())]
+    for i in range(done, model.blocks):
+        block = model.load_block(i)
+        artefact.settle(block)
+        here: list[LayerRecord] = []
+
+        def solve(stage: tuple[Linear, ...], stats: Any, block: Any = block, here: list[LayerRecord] = here) -> None:
+            results = solve_stage(stage, {layer.name: block.weight(layer.name) for layer in stage}, stats, steps)
+            by_name = {r.layer.name: r for r in results}
+            for layer in stage:
+                record, stored = artefact.layer(block, layer, by_name.get(layer.name), _cluster(budgets, layer))
+                block.set_weight(layer.name, stored)
+                here.append(record)
+                if record.damping and record.damping > 0.011:
+                    _say(
+                        note,
+                        f"{layer.name}: damping raised to {record.damping:g} until the Gram matrix was positive definite",
+                    )
+
+        hidden = stream_block(block, hidden, solve, gram, waiting)
+        artefact.block(i, block)
+        _dump(work / f"records-{i:05d}.json", [asdict(r) for r in here])
+        _keep_hidden(work, i + 1, hidden)
+        records += here
+        if tick:
+            tick("compress", i + 1, model.blocks)
+    if waiting:
+        waiting.close()
+    return records
+
+
+_PARTS = {"q": "attention", "k": "attention", "v": "attention", "qkv": "attention", "o": "attention"}
+
+
+def _bytes_after(records: Sequence[LayerRecord], total: int) -> dict[str, int]:
+    """Bytes of the finished files: attention, MLP, and the rest (embedding, head, norms, headers)."""
+    out = {"attention": 0, "mlp": 0}
+    for r in records:
+        out[_PARTS.get(r.role, "mlp")] += r.bytes
+    return out | {"embedding and rest": total - sum(out.values())}
+
+
+def _bytes_before(model: Model, total: int) -> dict[str, int]:
+    """The same of the checkpoint, linear layers at its average bytes per weight."""
+    out = {"attention": 0.0, "mlp": 0.0}
+    each = total / model.parameters_count
+    for i in range(model.blocks):
+        for layer in model.linears(i):
+            out[_PARTS.get(layer.role, "mlp")] += layer.rows * layer.columns * each
+    return {k: round(v) for k, v in out.items()} | {"embedding and rest": round(total - sum(out.values()))}
+
+
+def _cluster(budgets: Budgets, layer: Linear) -> int | None:
+    for budget in budgets.values():
+        if layer.name in budget.cluster:
+            return budget.cluster[layer.name]
+    return None
+
+
+def _versions() -> dict[str, str]:
+    import platform
+    from importlib.metadata import version
+
+    return {
+        "python": platform.python_version(),
+        **{p: version(p) for p in ("torch", "transformers", "compressed-tensors")},
+    }

@@ -1,0 +1,80 @@
+"""Load the artefact back from disk and compare it with what the run made, before OUT appears."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from ..core import FormatError
+from ..evaluate import forward
+from ..export import open_model
+from ..models import Model
+
+_TOKENS = 128  # of the first calibration sample, for the comparison of logits
+_TOLERANCE = 2e-3  # of the largest logit: different kernels add in different orders
+
+
+def checksum(weight: Tensor) -> int:
+    """CRC-32 of fp32 weights as they decode."""
+    return zlib.crc32(weight.float().contiguous().numpy().tobytes())
+
+
+@torch.no_grad()
+def verify(
+    folder: Path, manifest: Mapping[str, Any], ids: Tensor, hidden: Tensor, note: Callable[[str], None] | None = None
+) -> dict[str, str]:
+    """What was compared and how far apart it was; raises :class:`FormatError` when the artefact is not what was made.
+
+    ``ids: (1, tokens)`` one calibration sample, ``hidden: (1, tokens, width)`` its final hidden states in the run.
+    """
+    found: dict[str, str] = {}
+    model = Model(open_model(folder))
+    wanted = {row["name"]: row["checksum"] for row in manifest["layers"]}
+    for i in range(model.blocks):
+        block = model.load_block(i)
+        for layer in model.linears(i):
+            if checksum(block.weight(layer.name)) != wanted[layer.name]:
+                raise FormatError(
+                    f"{layer.name}: the weights loaded back from {folder} differ from those solved; the artefact is not kept"
+                )
+    found["layers"] = f"{len(wanted)} of {len(wanted)} decode bit for bit to the solved weights"
+    ids = ids[:, :_TOKENS]
+    again = forward(model, ids).hidden[0]
+    gap = _gap(again, hidden[:, : ids.shape[1]])
+    if gap > _TOLERANCE:
+        raise FormatError(
+            f"{folder}: the reloaded model's hidden states differ from the run's by {gap:.2e} of their size"
+        )
+    found["forward"] = f"hidden states of {ids.shape[1]} tokens agree to {gap:.1e}"
+    if manifest["recipe"]["save"]["format"] != "packed":
+        found["transformers"] = _transformers(folder, model, ids, again)
+    if note:
+        for what, result in found.items():
+            note(f"loaded back, {what}: {result}")
+    return found
+
+
+def _transformers(folder: Path, model: Model, ids: Tensor, hidden: Tensor) -> str:
+    """Compare logits with ``AutoModelForCausalLM.from_pretrained`` when the dense model fits into memory twice."""
+    needed, free = 2 * 4 * model.parameters_count, psutil.virtual_memory().available
+    if not model.has_head:
+        return "not tried: the model has no language-model head"
+    if needed > free:
+        return f"not tried: needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    gap = _gap(theirs(ids).logits, model.head(hidden))
+    if gap > _TOLERANCE:
+        raise FormatError(f"{folder}: transformers' logits differ from ours by {gap:.2e} of their size")
+    return f"AutoModelForCausalLM.from_pretrained gives the same logits to {gap:.1e}"
+
+
+def _gap(a: Tensor, b: Tensor) -> float:
+    return float((a.float() - b.float()).abs().max() / b.float().abs().max().clamp_min(1e-12))
