@@ -94,9 +94,10 @@ class CompressedTensors:
         if layer.bits is None:
             return []
         out = []
-        allowed = (8,) if self.format == "int-quantized" else range(2, 9)
-        if layer.bits not in allowed:
-            out.append(f"{layer.name}: {self.format} holds {_span(allowed)} bits, not {layer.bits}")
+        lowest = 8 if self.format == "int-quantized" else 2
+        if not lowest <= layer.bits <= 8:
+            allowed = "8" if lowest == 8 else "2 … 8"
+            out.append(f"{layer.name}: {self.format} holds {allowed} bits, not {layer.bits}")
         columns, size = layer.shape[1], layer.group_size
         if size is not None and size < columns and columns % size:
             fits = [s for s in range(16, columns + 1) if columns % s == 0 and s % 16 == 0]
@@ -252,7 +253,3 @@ def _plan_of(codes: Codes, layout: Layout) -> LayerPlan:
     return LayerPlan(
         "layer", (rows, columns), layout.pattern, codes.bits, codes.group_size, transposed=layout.transposed
     )
-
-
-def _span(allowed: range | tuple[int, ...]) -> str:
-    return f"{allowed[0]} … {allowed[-1]}" if len(allowed) > 1 else str(allowed[0])

@@ -7,17 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from solving import solve
 
-from lissom.core import NM, Both, Codes, FormatError, Grid, Problem, Solved, Sparse, Stats
+from lissom.core import NM, Codes, FormatError, Grid, Solved, Sparse
 from lissom.export import LayerPlan, Layout, Packed
 from lissom.export.packed import packed_bits
 
 CODEC = Packed()
-
-
-def solve(weight, pattern=None, grid=None):
-    problem = Problem.of(weight, Stats.of(torch.ones(1, weight.shape[1])), Both(pattern, grid))
-    return problem.project(weight.abs())
 
 
 def layer(rows, columns, seed=0):
