@@ -29,8 +29,8 @@ except ImportError:  # installed without a C++ compiler: the torch reference doe
 extension: ModuleType | None = _C
 
 KINDS = {"int2": 2, "int3": 3, "int4": 4, "int8": 8, "n:16 int4": 104, "n:16 int8": 108, "2:4 int4": 124}
-_SPILL_COST = 14.0  # time of one spilled weight in slots
-_DENSE_COST = 0.62  # time of one weight of a dense int4 tile in slots
+_SPILL_COST = 24.0  # time of one spilled weight in slots
+_DENSE_COST = 0.54  # time of one weight of a dense int4 tile in slots
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,8 @@ const Ops *ops_named(const std::string &isa) {
 
 
 
+void bind_engine(nb::module_ &);
+
 NB_MODULE(_C, m) {
     m.def("isa", [] { return std::string(best_ops()->name); });
 
@@ -103,6 +105,5 @@ NB_MODULE(_C, m) {
                 linear_bcq(ops, shared_pool(threads), w, x.data(), (int)x.shape(0), y.data());
             },
             nb::arg("x"), nb::arg("y"), nb::arg("threads") = 1, nb::arg("isa") = "");
-
-
+    bind_engine(m);
 }

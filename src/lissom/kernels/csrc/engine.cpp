@@ -1,0 +1,179 @@
+#include "engine.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace lissom {
+
+Engine::Engine(const Spec &spec, int threads, const Ops *ops) : spec_(spec), pool_(threads), ops_(ops) {
+    blocks.resize(spec.layers);
+    cache.configure(spec.layers, spec.kv_heads, spec.head_dim, spec.blocks, spec.slots, spec.cache_bits);
+    attention_.configure(spec.heads, spec.kv_heads, spec.head_dim, spec.attention_scale, spec.window);
+    tickets_ = std::make_unique<Ticket[]>(5 * (size_t)spec.layers + 1);
+    scratch_.resize(threads), strip_.resize(threads), strip2_.resize(threads);
+}
+
+void Engine::Input::prepare(const Matrix *const *matrices, int n, int tokens, int columns) {
+    count = 0;
+    for (int i = 0; i < n; i++) {
+        bool known = false;
+        for (int j = 0; j < count; j++) known |= by[j].G == matrices[i]->view.G;
+        if (!known) by[count++].reserve(tokens, columns, matrices[i]->view.G);
+    }
+}
+
+void Engine::Input::set(const Ops *ops, int token, const float *x) {
+    for (int j = 0; j < count; j++) by[j].set(ops, token, x);
+}
+
+Acts Engine::Input::acts(const Matrix *m) const {
+    for (int j = 0; j < count; j++)
+        if (by[j].G == m->view.G) return by[j].acts();
+    return by[0].acts();
+}
+
+// sink(matrix index, first row, rows, out (tokens, 16)) for every strip of the matrices
+template <class Sink>
+void Engine::multiply(Ticket &ticket, const Matrix *const *matrices, int count, const Input &in, int tokens, int thread, Sink sink) {
+    int total = 0;
+    for (int i = 0; i < count; i++) total += matrices[i]->view.strips;
+    const int step = std::max(1, total / (pool_.threads() * 6));
+    float *out = strip_[thread].data();
+    for (int from, to; ticket.take(total, step, from, to);)
+        for (int s = from; s < to; s++) {
+            int i = 0, strip = s;
+            while (strip >= matrices[i]->view.strips) strip -= matrices[i++]->view.strips;
+            const View &v = matrices[i]->view;
+            ops_->strip(v, strip, in.acts(matrices[i]), 0, tokens, out);
+            sink(i, strip * ROWS, std::min(ROWS, v.rows - strip * ROWS), out);
+        }
+}
+
+void Engine::rotate(float *x, int token, const std::vector<float> &gain) {
+    if (!gain.empty()) ops_->rmsnorm(x, gain.data(), spec_.head_dim, spec_.epsilon, x);
+    const int half = spec_.rotary / 2;
+    const float *c = &cosine_[(size_t)token * half], *s = &sine_[(size_t)token * half];
+    for (int i = 0; i < half; i++) {
+        const float a = x[i], b = x[i + half];
+        x[i] = a * c[i] - b * s[i], x[i + half] = b * c[i] + a * s[i];
+    }
+}
+
+// Rotates the queries that share key/value head `head`, rotates its key and stores key and value.
+void Engine::heads_of(int layer, int token, int head) {
+    const Spec &m = spec_;
+    const Block &w = blocks[layer];
+    float *q = &qkv_[(size_t)token * (m.heads + 2 * m.kv_heads) * m.head_dim];
+    float *k = q + (size_t)(m.heads + head) * m.head_dim, *v = k + (size_t)m.kv_heads * m.head_dim;
+    const int share = m.heads / m.kv_heads;
+    for (int g = 0; g < share; g++) rotate(q + (size_t)(head * share + g) * m.head_dim, token, w.q_norm);
+    rotate(k, token, w.k_norm);
+    cache.put(layer, slots_[token], positions_[token], head, k, v);
+}
+
+void Engine::run(int thread, float *logits) {
+    const Spec &m = spec_;
+    const int threads = pool_.threads(), row = (m.heads + 2 * m.kv_heads) * m.head_dim;
+    float *tmp = scratch_[thread].data();
+    Ticket *ticket = tickets_.get();
+
+    for (int t = thread; t < n_; t += threads) {
+        decode_row(embedding->view, tokens_[t], &x_[(size_t)t * m.width]);
+        for (int i = 0; i < m.rotary / 2; i++) {
+            const double angle = (double)positions_[t] * frequency[i];
+            cosine_[(size_t)t * (m.rotary / 2) + i] = (float)std::cos(angle) * m.rotary_scale;
+            sine_[(size_t)t * (m.rotary / 2) + i] = (float)std::sin(angle) * m.rotary_scale;
+        }
+    }
+    for (int layer = 0; layer < m.layers; layer++, ticket += 5) {
+        const Block &w = blocks[layer];
+        for (int t = thread; t < n_; t += threads) { // a token stays with its thread from here to the next product
+            ops_->rmsnorm(&x_[(size_t)t * m.width], w.norm1.data(), m.width, m.epsilon, tmp);
+            in_.set(ops_, t, tmp);
+        }
+        pool_.barrier();
+        const int first[3] = {0, m.heads * m.head_dim, (m.heads + m.kv_heads) * m.head_dim};
+        multiply(ticket[0], w.qkv, 3, in_, n_, thread, [&](int i, int r, int rows, const float *out) {
+            const int at = first[i] + r;
+            for (int t = 0; t < n_; t++)
+                for (int j = 0; j < rows; j++)
+                    qkv_[(size_t)t * row + at + j] = out[t * ROWS + j] + (w.bias.empty() ? 0.0f : w.bias[at + j]);
+        });
+        pool_.barrier();
+        for (int i = thread; i < n_ * m.kv_heads; i += threads) heads_of(layer, i / m.kv_heads, i % m.kv_heads);
+        pool_.barrier();
+        for (int from, to; ticket[1].take(attention_.tasks(), 1, from, to);)
+            attention_.run(ops_, cache, layer, from, qkv_.data(), row);
+        pool_.barrier();
+        for (int t = thread; t < n_; t += threads) {
+            attention_.merge(t, tmp);
+            o_in_.set(ops_, t, tmp);
+        }
+        pool_.barrier();
+        const auto add = [&](const std::vector<float> &bias) {
+            return [&](int, int r, int rows, const float *out) {
+                for (int t = 0; t < n_; t++)
+                    for (int j = 0; j < rows; j++) x_[(size_t)t * m.width + r + j] += out[t * ROWS + j] + (bias.empty() ? 0.0f : bias[r + j]);
+            };
+        };
+        multiply(ticket[2], &w.o, 1, o_in_, n_, thread, add(w.o_bias));
+        pool_.barrier();
+        for (int t = thread; t < n_; t += threads) {
+            ops_->rmsnorm(&x_[(size_t)t * m.width], w.norm2.data(), m.width, m.epsilon, tmp);
+            in_.set(ops_, t, tmp);
+        }
+        pool_.barrier();
+        float *up = strip2_[thread].data();
+        multiply(ticket[3], &w.gate, 1, in_, n_, thread, [&](int, int r, int rows, float *gate) {
+            ops_->strip(w.up->view, r / ROWS, in_.acts(w.up), 0, n_, up);
+            ops_->silu_mul(gate, up, n_ * ROWS);
+            for (int t = 0; t < n_; t++) std::memcpy(&inner_[(size_t)t * m.inner + r], gate + t * ROWS, rows * sizeof(float));
+        });
+        pool_.barrier();
+        for (int t = thread; t < n_; t += threads) down_in_.set(ops_, t, &inner_[(size_t)t * m.inner]);
+        pool_.barrier();
+        const std::vector<float> none;
+        multiply(ticket[4], &w.down, 1, down_in_, n_, thread, add(none));
+        pool_.barrier();
+    }
+    const int wanted = (int)wanted_.size();
+    for (int i = thread; i < wanted; i += threads) {
+        ops_->rmsnorm(&x_[(size_t)wanted_[i] * m.width], norm.data(), m.width, m.epsilon, tmp);
+        head_in_.set(ops_, i, tmp);
+    }
+    pool_.barrier();
+    multiply(*ticket, &head, 1, head_in_, wanted, thread, [&](int, int r, int rows, const float *out) {
+        for (int i = 0; i < wanted; i++) std::memcpy(logits + (size_t)i * m.vocabulary + r, out + i * ROWS, rows * sizeof(float));
+    });
+}
+
+void Engine::step(const int *tokens, const int *slots, const int *positions, const uint8_t *want, int n, float *logits) {
+    const Spec &m = spec_;
+    tokens_ = tokens, slots_ = slots, positions_ = positions, n_ = n;
+    for (int t = 0; t < n; t++) cache.reserve(slots[t], positions[t]);
+    attention_.plan(slots, positions, n, cache);
+    wanted_.clear();
+    for (int t = 0; t < n; t++)
+        if (want[t]) wanted_.push_back(t);
+    const auto grow = [](std::vector<float> &v, size_t size) {
+        if (v.size() < size) v.resize(size);
+    };
+    grow(x_, (size_t)n * m.width), grow(inner_, (size_t)n * m.inner);
+    grow(qkv_, (size_t)n * (m.heads + 2 * m.kv_heads) * m.head_dim);
+    grow(cosine_, (size_t)n * m.rotary / 2), grow(sine_, (size_t)n * m.rotary / 2);
+    for (int i = 0; i < pool_.threads(); i++)
+        grow(strip_[i], (size_t)n * ROWS), grow(strip2_[i], (size_t)n * ROWS), grow(scratch_[i], (size_t)std::max(m.width, m.heads * m.head_dim));
+    // one table for all layers: every tile width that occurs gets its own copy of the activations
+    std::vector<const Matrix *> in, o, down;
+    for (const Block &b : blocks) {
+        in.insert(in.end(), {b.qkv[0], b.qkv[1], b.qkv[2], b.gate, b.up});
+        o.push_back(b.o), down.push_back(b.down);
+    }
+    in_.prepare(in.data(), (int)in.size(), n, m.width), o_in_.prepare(o.data(), (int)o.size(), n, m.heads * m.head_dim);
+    down_in_.prepare(down.data(), (int)down.size(), n, m.inner), head_in_.prepare(&head, 1, (int)wanted_.size(), m.width);
+    for (int i = 0; i < 5 * m.layers + 1; i++) tickets_[i].next.store(0, std::memory_order_relaxed);
+    pool_.run([&](int thread) { run(thread, logits); });
+}
+
+} // namespace lissom
