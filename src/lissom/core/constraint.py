@@ -43,9 +43,13 @@ def keep_largest(score: Tensor, drop: int) -> Tensor:
     if drop >= columns:
         return torch.zeros_like(score, dtype=torch.bool)
     threshold = score.kthvalue(drop, dim=1, keepdim=True).values
-    below, equal = score < threshold, score == threshold
-    missing = drop - below.sum(1, keepdim=True)
-    return ~(below | (equal & (equal.cumsum(1) <= missing)))
+    keep = score > threshold
+    missing = columns - drop - keep.sum(1, keepdim=True)
+    if not bool(missing.any()):
+        return keep
+    equal = score == threshold
+    later = equal.flip(1).cumsum(1).flip(1)  # how many equals stand here or to the right
+    return keep | (equal & (later <= missing))
 
 
 @dataclass(frozen=True)
