@@ -1,6 +1,6 @@
 """Architectures as data, checkpoints read lazily, and the staged forward pass of one block."""
 
-from .architectures import ARCHITECTURES, Architecture, architecture_of, known_types
+from .architectures import ARCHITECTURES, Architecture, architecture_of, known_types, registered
 from .checkpoint import Checkpoint, DirectoryCheckpoint, demo_file, fingerprint, load_tokenizer, open_checkpoint
 from .forward import Block, Linear, Run
 from .model import Model
@@ -21,5 +21,6 @@ __all__ = [
     "known_types",
     "load_tokenizer",
     "open_checkpoint",
+    "registered",
     "tensor_problems",
 ]

@@ -9,6 +9,9 @@ transformers config that holds the value.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -237,14 +240,27 @@ ARCHITECTURES: tuple[Architecture, ...] = (
 )
 
 
+_EXTRA: ContextVar[tuple[Architecture, ...]] = ContextVar("rows of registered()", default=())
+
+
+@contextmanager
+def registered(*rows: Architecture) -> Iterator[None]:
+    """Within this context, ``rows`` are looked up before the table."""
+    token = _EXTRA.set((*rows, *_EXTRA.get()))
+    try:
+        yield
+    finally:
+        _EXTRA.reset(token)
+
+
 def known_types() -> list[str]:
     """Every ``model_type`` that has a row."""
-    return sorted(kind for row in ARCHITECTURES for kind in row.types)
+    return sorted({kind for row in (*_EXTRA.get(), *ARCHITECTURES) for kind in row.types})
 
 
 def architecture_of(model_type: str) -> Architecture:
     """The row for a transformers ``model_type``; raises :class:`CheckpointError` with the nearest known one."""
-    for row in ARCHITECTURES:
+    for row in (*_EXTRA.get(), *ARCHITECTURES):
         if model_type in row.types:
             return row
     near = get_close_matches(model_type, known_types(), 1)

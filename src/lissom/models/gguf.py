@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..core import CheckpointError
 from .architectures import Architecture, architecture_of
+from .gguf_header import Header, Stored, read_gguf_header, slim_copy
 from .layout import Part, Sizes, block_parts, outer_parts
 from .validate import tensor_problems
 
@@ -31,22 +32,16 @@ class GGUFCheckpoint:
         self.path = Path(path)
         self.source = str(path)
         self._tokenizer: Any = None
-        reader = _open(self.path)
-        architecture = _text(reader, "general.architecture")
-        self.config: Any = _config(self.path, architecture)
+        self._header = read_gguf_header(self.path)
+        architecture = self._header.architecture
+        self.config: Any = _config(self._header)
         self.row = architecture_of(self.config.model_type)
-        stored = {t.name: t for t in reader.tensors}
-        length = self.path.stat().st_size
-        self._problems = [
-            f"{self.path} is truncated: tensor {t.name} ends at byte {t.data_offset + t.n_bytes} of {length}; get it again"
-            for t in reader.tensors
-            if int(t.data_offset + t.n_bytes) > length
-        ]
+        self._problems = self._header.problems()
         self._parts: dict[str, Part] = {}
-        self._stored: dict[str, Any] = {}
+        self._stored: dict[str, Stored] = {}
         for part, name in _names(self.row, self.config, architecture).items():
-            if name in stored:
-                self._parts[part.name], self._stored[part.name] = part, stored[name]
+            if name in self._header.tensors:
+                self._parts[part.name], self._stored[part.name] = part, self._header.tensors[name]
 
     @property
     def bytes(self) -> int:
@@ -56,7 +51,7 @@ class GGUFCheckpoint:
         return list(self._stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        shape = tuple(int(n) for n in reversed(self._tensor(name).shape))
+        shape = self._tensor(name).shape
         return shape[::-1] if self.row.transposed and self._parts[name].role else shape
 
     def dtype(self, name: str) -> torch.dtype:
@@ -65,10 +60,7 @@ class GGUFCheckpoint:
 
     def tensor(self, name: str) -> Tensor:
         """Dequantized to fp32 by gguf's own reference code."""
-        from gguf import dequantize
-
-        item = self._tensor(name)
-        value = torch.from_numpy(dequantize(item.data, item.tensor_type).astype("float32", copy=True))
+        value = torch.from_numpy(self._header.read(self._tensor(name).name))
         return _restore(self.row, self.config, self._parts[name], value)
 
     def tokenizer(self) -> Any:
@@ -91,37 +83,25 @@ class GGUFCheckpoint:
     def problems(self) -> list[str]:
         return self._problems or tensor_problems(self)
 
-    def _tensor(self, name: str) -> Any:
+    def _tensor(self, name: str) -> Stored:
         if name not in self._stored:
             raise CheckpointError(f"{self.source} has no tensor {name}")
         return self._stored[name]
 
 
-def _open(path: Path) -> Any:
-    from gguf import GGUFReader
-
-    try:
-        return GGUFReader(path)
-    except Exception as error:  # damaged files surface as numpy, struct or value errors
-        raise CheckpointError(f"{path} is not a readable GGUF file: truncated or damaged ({error})") from error
-
-
-def _text(reader: Any, key: str) -> str:
-    field = reader.fields.get(key)
-    return bytes(field.parts[field.data[0]]).decode() if field is not None else ""
-
-
-def _config(path: Path, architecture: str) -> Any:
+def _config(header: Header) -> Any:
     from transformers import AutoConfig
 
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        with slim_copy(header) as slim, contextlib.redirect_stderr(io.StringIO()):
+            config = AutoConfig.from_pretrained(slim.parent, gguf_file=slim.name)
     except Exception as error:  # transformers raises whatever its mapping runs into
         raise CheckpointError(
-            f"{path}: transformers cannot read the architecture {architecture!r} from GGUF ({error}); "
+            f"{header.path}: transformers cannot read the architecture {header.architecture!r} from GGUF ({error}); "
             "use the original safetensors checkpoint"
         ) from error
+    config._name_or_path = str(header.path)
+    return config
 
 
 def _names(row: Architecture, config: Any, architecture: str) -> dict[Part, str]:

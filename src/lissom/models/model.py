@@ -199,6 +199,13 @@ class Model:
             h = self.load_block(i).forward(h, mask=mask)
         return self.head(h)
 
+    def pool(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Mean over the tokens that are not padding, (batch, width): the sentence vector of an encoder."""
+        if mask is None:
+            return h.mean(1)
+        seen = mask[..., None].to(h.dtype)
+        return (h * seen).sum(1) / seen.sum(1).clamp_min(1)
+
     def _project(self, h: Tensor, name: str | None, outer: Mapping[str, Tensor] | None) -> Tensor:
         weight = self._outer(f"{self.prefix}{name}.weight", outer) if name else None
         return h if weight is None else F.linear(h, weight.float())

@@ -104,7 +104,7 @@ def tensor_problems(checkpoint: Checkpoint, row: Architecture | None = None) -> 
 
 def ignorable(row: Architecture, name: str) -> bool:
     """Buffers that old files carry and no forward pass reads."""
-    return name.endswith(("rotary_emb.inv_freq", "position_ids", *row.ignored))
+    return name.endswith(tuple(f".{n}" for n in ("rotary_emb.inv_freq", "position_ids", *row.ignored)))
 
 
 def _uneven_biases(blocks: list[list[Part]], names: set[str]) -> list[str]:
