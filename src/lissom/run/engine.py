@@ -11,16 +11,17 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ..core import CheckpointError, Codes, Grid, LissomError
+from ..core.grid import spread_groups
 from ..kernels import Packed, extension
-from ..models import Model, open_checkpoint
+from ..export import open_model
+from ..models import Model
 from ..models.forward import inverse_frequencies
 from ..models.layout import Sizes
 
@@ -32,13 +33,6 @@ class ContextError(LissomError):
     """A prompt or a generation does not fit the context, or the cache has no room for it now."""
 
     exit_code = 8
-
-
-class StoredWeight(Protocol):
-    """What a checkpoint may know of a layer beyond its decoded weights."""
-
-    codes: Codes | None
-    mask: Tensor | None
 
 
 Compress = Callable[[str, Tensor], tuple[Codes, Tensor | None]]
@@ -100,7 +94,7 @@ class Engine:
                 "lissom was installed without its C++ kernels (no compiler was found): install one and run "
                 "`pip install --force-reinstall --no-deps lissom`"
             )
-        model = source if isinstance(source, Model) else Model(_open(source))
+        model = source if isinstance(source, Model) else Model(open_model(source))
         why = unsupported(model)
         if why:
             raise CheckpointError(f"{model.checkpoint.source} cannot be run: {why}. Use transformers, or export it")
@@ -211,13 +205,13 @@ class Engine:
         return spec
 
     def _load(self) -> None:
-        model = self.model
+        model, present = self.model, set(self.model.checkpoint.names())
         for i in range(model.blocks):
             packed, biases = {}, {}
             for linear in model.linears(i):
                 packed[linear.role] = self._pack(linear.name)
                 name = f"{linear.name}.bias"
-                biases[linear.role] = self._vector(name) if name in self._names else None
+                biases[linear.role] = self._vector(name) if name in present else None
             at = f"{model.prefix}{model.architecture.layer.format(i)}"
             if any(biases.get(role) is not None for role in ("gate", "up", "down")):
                 raise CheckpointError(f"{model.checkpoint.source} cannot be run: block {i} has biases in its MLP")
@@ -240,10 +234,6 @@ class Engine:
         final = self._vector(f"{model.prefix}{model.architecture.final_norm}.weight")
         self._core.set_outer(embedding.matrix, head.matrix, final, self._frequency)
 
-    @property
-    def _names(self) -> set[str]:
-        return set(self.model.checkpoint.names())
-
     def _tensor(self, name: str) -> Tensor:
         return self.model.checkpoint.tensor(name).float()
 
@@ -251,9 +241,9 @@ class Engine:
         return self._tensor(name).tolist()
 
     def _pack(self, name: str) -> Packed:
-        stored = _stored(self.model.checkpoint, name)
-        if stored is not None and stored.codes is not None and _fits(stored.codes):
-            packed = Packed(stored.codes, stored.mask)
+        codes = _codes(self.model.checkpoint, name)
+        if codes is not None:
+            packed = Packed(codes, codes.values != spread_groups(codes.zero, codes.values.shape[1], codes.group_size))
             self._keep.append(packed)
             self.layers.forms[name] = str(packed.form)
         else:
@@ -276,13 +266,11 @@ class Engine:
         return packed
 
 
-def _open(source: Any) -> Any:
-    return open_checkpoint(source) if isinstance(source, str | Path) else source
-
-
-def _stored(checkpoint: Any, name: str) -> StoredWeight | None:
-    read = getattr(checkpoint, "stored", None)
-    return read(name) if read is not None else None
+def _codes(checkpoint: Any, name: str) -> Codes | None:
+    """The codes of the layer ``name`` where the checkpoint stores codes that the kernels can read."""
+    read = getattr(checkpoint, "layer", None)
+    codes = read(name).codes if read is not None else None
+    return codes if codes is not None and _fits(codes) else None
 
 
 def _fits(codes: Codes) -> bool:

@@ -125,7 +125,8 @@ void bind_engine(nb::module_ &m) {
     nb::class_<Sampling>(m, "Sampling")
         .def("__init__", [](Sampling *self, float temperature, int top_k, float top_p, float min_p, float repetition_penalty) {
             new (self) Sampling{temperature, top_p, min_p, repetition_penalty, top_k};
-        });
+        })
+        .def_prop_ro("penalised", [](const Sampling &s) { return s.repetition_penalty != 1; });
     m.def("sample", [](Out<float, 1> logits, const Sampling &how, std::vector<int> seen, uint64_t seed, uint64_t index) {
         nb::gil_scoped_release release;
         return sample(logits.data(), (int)logits.shape(0), how, seen.data(), seen.size(), uniform(seed, index));

@@ -1,0 +1,125 @@
+"""The C++ decoder against the torch forward pass, and its invariance to how tokens are batched."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import tiny_model
+
+from lissom.core import CheckpointError, Codes, Grid
+from lissom.kernels import isa
+from lissom.models import Model, open_checkpoint
+from lissom.run.engine import ContextError, Engine
+
+pytestmark = pytest.mark.skipif(isa() == "torch", reason="needs the C++ extension")
+
+KINDS = {
+    "llama": {},
+    "llama-tied": {"mlp_bias": False},
+    "llama3-rope": {},
+    "mistral": {},
+    "qwen2": {"use_sliding_window": False},
+    "qwen3": {},
+}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    path = tmp_path_factory.mktemp("llama")
+    tiny_model("llama", path, max_position_embeddings=1024)
+    return path
+
+
+def tokens(n, seed=0):
+    return torch.randint(0, 300, (n,), generator=torch.Generator().manual_seed(seed)).numpy()
+
+
+def divergence(reference, logits):
+    return F.kl_div(
+        torch.from_numpy(logits).log_softmax(-1), reference.log_softmax(-1), log_target=True, reduction="batchmean"
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_the_torch_forward_pass(kind, tmp_path):
+    tiny_model(kind, tmp_path, **KINDS[kind])
+    ids = tokens(60)
+    expected = Model(open_checkpoint(tmp_path)).forward(torch.from_numpy(ids)[None])[0]
+    for cache_bits in (16, 8):
+        engine = Engine(tmp_path, threads=2, context=128, cache_bits=cache_bits)
+        # what is left is the rounding of weights, activations and cache to 8 bits
+        assert divergence(expected, engine.step(ids, want="all")) < 3e-3
+    shifted = engine.step(ids[1:], want="all")
+    assert divergence(expected[1:], shifted) > 0.02  # the bound above is not vacuous
+
+
+def test_a_token_does_not_depend_on_its_batch(llama):
+    """Bit for bit: whole prompts, chunks, single tokens, other threads, other sequences in between."""
+    ids, other = tokens(300), tokens(40, 1)
+    whole = Engine(llama, threads=1, context=1024).step(ids, want="all")
+    engine = Engine(llama, threads=2, context=1024, slots=2)
+    engine.prefill(ids[:270], slot=1, chunk=32)
+    for i in range(270, 300):
+        j = i - 270
+        logits = engine.step([other[j], ids[i]], [0, 1], [j, i], [True, True])
+        assert np.array_equal(logits[1], whole[i])
+    alone = Engine(llama, threads=1, context=64).step(other[:30], want="all")
+    assert np.array_equal(logits[0], alone[29])
+
+
+def test_sliding_window_forgets(tmp_path):
+    tiny_model("mistral", tmp_path, num_hidden_layers=1, sliding_window=6)
+    engine = Engine(tmp_path, context=128)
+    a, b = tokens(80), tokens(80)
+    b[:70] = tokens(70, 5)
+    assert np.array_equal(engine.step(a)[0], engine.step(b)[0])
+    b[76] = (b[76] + 1) % 300
+    assert not np.array_equal(engine.step(a)[0], engine.step(b)[0])
+
+
+def test_codes_are_packed_as_they_are(llama):
+    """4-bit N:16 layers: same function as torch with the decoded weights."""
+    model = Model(open_checkpoint(llama))
+    kept = {}
+
+    def compress(name, weight):
+        keep = (torch.arange(weight.shape[1]) % 4 == 1).expand_as(weight)
+        columns = weight.shape[1]
+        codes = Codes.round(weight * keep, Grid(4, columns).fit_all(weight * keep), 4)
+        kept[name] = codes.decode() * keep
+        return codes, keep
+
+    engine = Engine(model, context=128, compress=compress)
+    assert set(engine.layers.forms.values()) == {"4:16 int4", "int8"}  # int8: embedding and head
+    assert engine.bytes_per_token < Engine(model, context=128).bytes_per_token
+    ids = tokens(50)
+    h = model.embed(torch.from_numpy(ids)[None])
+    for i in range(model.blocks):
+        block = model.load_block(i)
+        for linear in model.linears(i):
+            block.set_weight(linear.name, kept[linear.name])
+        h = block.forward(h)
+    assert divergence(model.head(h)[0].detach(), engine.step(ids, want="all")) < 3e-3
+
+
+def test_the_cache_is_shared_and_given_back(llama):
+    engine = Engine(llama, context=64, slots=2)
+    engine.step(tokens(60), 0)
+    with pytest.raises(ContextError, match="cache of 64 positions is full"):
+        engine.step(tokens(40), 1)
+    engine.release(0)
+    engine.release(1)
+    engine.step(tokens(60), 1)
+
+
+def test_bad_input(llama, tmp_path):
+    engine = Engine(llama, context=64)
+    with pytest.raises(ValueError, match="vocabulary"):
+        engine.step([10_000])
+    with pytest.raises(ValueError, match="slot"):
+        engine.step([1], 7)
+    with pytest.raises(ContextError, match="outside the model's context"):
+        engine.step([1], 0, 5000)
+    tiny_model("gpt2", tmp_path)
+    with pytest.raises(CheckpointError, match="no gpt2 blocks"):
+        Engine(tmp_path)
