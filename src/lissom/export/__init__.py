@@ -7,6 +7,7 @@ from .layout import Codec, LayerPlan, Layout, StoredLayer
 from .opened import OpenedCheckpoint, open_model
 from .packed import Packed, packed_bits
 from .restore import load, unpack
+from .to_gguf import export_gguf
 from .writer import ArtefactWriter
 
 CODECS: dict[str, Codec] = {
@@ -33,6 +34,7 @@ __all__ = [
     "Packed",
     "StoredLayer",
     "codec_named",
+    "export_gguf",
     "load",
     "open_model",
     "packed_bits",
