@@ -159,3 +159,87 @@ def trained_tiny(path: Path | str, blocks: int = 4, width: int = 64, steps: int 
     model.eval().save_pretrained(path)
     tokenizer.save_pretrained(path)
     return model
+
+
+# architecture in GGUF → kinds that tiny_gguf can write
+GGUF_KINDS = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3",
+    "phi3": "phi3",
+    "gpt2": "gpt2",
+    "bloom": "bloom",
+}
+
+
+def tiny_gguf(architecture: str, file: Path | str, quantized: bool = False, **overrides: Any) -> Any:
+    """Write a tiny random model as llama.cpp's converter would, with a tokenizer; returns the transformers model.
+
+    ``quantized``: matrices whose width divides by 32 are stored as Q8_0.
+    """
+    import gguf
+    import numpy as np
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+
+    model = build(GGUF_KINDS[architecture], **overrides)
+    config = model.config
+    writer = gguf.GGUFWriter(file, architecture)
+    more = {"attention.key_length": "head_dim", "attention.sliding_window": "sliding_window"}
+    for key, name in (more | GGUF_CONFIG_MAPPING[architecture]).items():
+        value = config.rope_parameters.get("rope_theta") if name == "rope_theta" else getattr(config, name or "", None)
+        if isinstance(value, float):
+            writer.add_float32(f"{architecture}.{key}", value)
+        elif isinstance(value, int):
+            writer.add_uint32(f"{architecture}.{key}", value)
+    tokenizer = tiny_tokenizer()
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if t in ("<s>", "</s>") else 1 for t in tokens])
+    writer.add_token_merges(_merges(tokenizer))
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    names = gguf.get_tensor_name_map(
+        next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), config.num_hidden_layers
+    )
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    for name, tensor in model.state_dict().items():
+        module, _, kind = name.rpartition(".")
+        if name in tied:
+            continue
+        value = _as_llama_cpp(architecture, config, name, tensor).contiguous().numpy()
+        form = None
+        if quantized and value.ndim == 2 and value.shape[1] % 32 == 0:
+            form = gguf.GGMLQuantizationType.Q8_0
+            value = gguf.quants.quantize(value, form)
+        stored = names.get_name(module) or names.get_name(module.removeprefix("transformer."))
+        writer.add_tensor(f"{stored}.{kind}", np.ascontiguousarray(value), raw_dtype=form)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+def _merges(tokenizer: Any) -> list[str]:
+    import json
+
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    return [m if isinstance(m, str) else " ".join(m) for m in merges]
+
+
+def _as_llama_cpp(architecture: str, config: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """llama.cpp's convert_hf_to_gguf.py: neighbouring rotary pairs, 1 + w norms, turned and regrouped matrices."""
+    heads = config.num_attention_heads
+    if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
+        n = heads if "q_proj" in name else config.num_key_value_heads
+        return tensor.view(n, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+    if architecture.startswith("gemma") and name.endswith("norm.weight"):
+        return tensor + 1
+    if architecture == "gpt2" and tensor.dim() == 2 and (".c_" in name):
+        return tensor.T
+    if architecture == "bloom" and "query_key_value" in name:
+        return tensor.view(heads, 3, -1, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
+    return tensor

@@ -24,6 +24,15 @@ from .gguf_header import Header, Stored, read_gguf_header, slim_copy
 from .layout import Part, Sizes, block_parts, outer_parts
 from .validate import tensor_problems
 
+# what transformers' own table leaves out for some architectures
+_MORE_SETTINGS = {
+    "attention.key_length": "head_dim",
+    "attention.sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+_MORE_SIZES = {"token_embd.weight": "vocab_size", "position_embd.weight": "max_position_embeddings"}
+
 
 class GGUFCheckpoint:
     """A ``.gguf`` file; config and tokenizer are made by transformers from the file's metadata."""
@@ -42,6 +51,12 @@ class GGUFCheckpoint:
         for part, name in _names(self.row, self.config, architecture).items():
             if name in self._header.tensors:
                 self._parts[part.name], self._stored[part.name] = part, self._header.tensors[name]
+        used = {item.name for item in self._stored.values()}
+        self._problems += [
+            f"{self.path} has the tensor {name}, which lissom does not read from GGUF (rope factors, experts, …): "
+            "use the original safetensors checkpoint"
+            for name in sorted(self._header.tensors.keys() - used)
+        ][:8]
 
     @property
     def bytes(self) -> int:
@@ -81,7 +96,7 @@ class GGUFCheckpoint:
         return fingerprint([self.path], self.names(), self.config)
 
     def problems(self) -> list[str]:
-        return self._problems or tensor_problems(self)
+        return self._problems + tensor_problems(self)
 
     def _tensor(self, name: str) -> Stored:
         if name not in self._stored:
@@ -101,6 +116,13 @@ def _config(header: Header) -> Any:
             "use the original safetensors checkpoint"
         ) from error
     config._name_or_path = str(header.path)
+    for key, name in _MORE_SETTINGS.items():
+        value = header.metadata.get(f"{header.architecture}.{key}")
+        if value is not None and hasattr(config, name):
+            setattr(config, name, value)
+    for tensor, name in _MORE_SIZES.items():
+        if tensor in header.tensors:
+            setattr(config, name, header.tensors[tensor].shape[0])
     return config
 
 
@@ -118,7 +140,9 @@ def _names(row: Architecture, config: Any, architecture: str) -> dict[Part, str]
     out = {}
     for part in parts:
         module, _, kind = part.name.rpartition(".")
-        name = names.get_name(module)
+        # the library's table has some families with their prefix and some without
+        spellings = (prefix + module.removeprefix(row.prefixes[0]) for prefix in row.prefixes)
+        name = next(filter(None, map(names.get_name, spellings)), None)
         if name is not None:
             out[part] = f"{name}.{kind}"
     return out
