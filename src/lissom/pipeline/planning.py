@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 from ..core import NM, Both, Budget, Grid, RecipeError, Sparse
+from ..export import LayerPlan, codec_named
 from ..models import Linear, Model
 from .recipe import ConstraintSettings, Recipe, Step
 
 _PYTHON_AND_TORCH = 700 << 20  # resident bytes of an idle process with torch and transformers loaded
+ROLES = frozenset({"q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down"})
 _UNIT = 32  # a shorter last quantization group must still be whole units of this many inputs
 
 
@@ -63,15 +65,18 @@ def allocation_for(recipe: Recipe, solver: Step) -> Step | None:
     return before if before is not None and before.method.kind == "allocation" else None
 
 
+def named(expression: str, layer: Linear) -> bool:
+    """Whether an entry of ``only`` or ``ignore`` means the layer. A role is never taken as a regular expression, since
+    "o" or "q" would be found in nearly every name."""
+    return expression == layer.role if expression in ROLES else re.search(expression, layer.name) is not None
+
+
 def wanted(layer: Linear, settings: ConstraintSettings) -> bool:
     """Whether a step with these settings touches the layer (by role, or by regular expression on the name)."""
 
-    def matches(expression: str) -> bool:
-        return expression == layer.role or re.search(expression, layer.name) is not None
-
-    if settings.only and not any(matches(e) for e in settings.only):
+    if settings.only and not any(named(e, layer) for e in settings.only):
         return False
-    return not any(matches(e) for e in settings.ignore)
+    return not any(named(e, layer) for e in settings.ignore)
 
 
 def constraint_for(layer: Linear, settings: ConstraintSettings, budget: Budget | None) -> Both:
@@ -116,14 +121,10 @@ def make_plan(model: Model, recipe: Recipe, out: Path | None = None, calibration
             problems.append(
                 f"the disk of {out} has {free / 1e9:.1f} GB free, the run needs about {estimates['disk_bytes'] / 1e9:.1f} GB"
             )
-    if recipe.save.format == "dense" and any(s.constraint.prunes or s.constraint.bits != 16 for s in solvers):
-        warnings.append(
-            "format dense stores zeros and rounded weights in full precision: the file does not get smaller"
-        )
-    if recipe.save.format == "compressed-tensors" and any(s.constraint.prunes for s in solvers):
-        warnings.append(
-            "compressed-tensors stores the zeros as codes: sparsity saves no bytes there (format packed does)"
-        )
+    codec = codec_named(recipe.save.format)
+    stored = [_stored_as(layer, solvers, model.architecture.transposed) for layer in layers]
+    problems += _together(line for plan in stored for line in codec.check(plan))
+    warnings += _together(line for plan in stored for line in codec.advice(plan))
     if problems:
         raise RecipeError(problems)
     facts = {
@@ -141,7 +142,7 @@ def _misfits(step: Step, layers: list[Linear], warnings: list[str]) -> Iterator[
     c = step.constraint
     touched = [layer for layer in layers if wanted(layer, c)]
     for expression in (*c.only, *c.ignore):
-        if not any(expression == layer.role or re.search(expression, layer.name) for layer in layers):
+        if not any(named(expression, layer) for layer in layers):
             roles = ", ".join(dict.fromkeys(layer.role for layer in layers))
             yield f"{step.name}: {expression!r} matches no layer of this model (roles: {roles}; first name: {layers[0].name})"
     if not touched:
@@ -171,6 +172,32 @@ def _misfits(step: Step, layers: list[Linear], warnings: list[str]) -> Iterator[
                 f"{step.name}: group_size {c.group_size} does not divide {short[0].columns} inputs "
                 f"({len(short)} layers): their last group holds {rest}"
             )
+
+
+def _stored_as(layer: Linear, solvers: list[Step], transposed: bool) -> LayerPlan:
+    """The layer as the codec will get it, at the recipe's average sparsity."""
+    pattern, bits, size, symmetric = "dense", None, None, False
+    for step in solvers:
+        c = step.constraint
+        if wanted(layer, c):
+            if c.prunes:
+                pattern = c.pattern if c.nm else "unstructured"
+            if c.bits != 16:
+                bits, symmetric = c.bits, c.symmetric
+                size = c.group_size if 0 < c.group_size < layer.columns else None
+    return LayerPlan(layer.name, (layer.rows, layer.columns), pattern, bits, size, symmetric, transposed)
+
+
+def _together(lines: Iterable[str]) -> list[str]:
+    """Lines "layer: message" with the layers of equal messages counted instead of listed."""
+    layers: dict[str, list[str]] = {}
+    for line in lines:
+        name, _, message = line.partition(": ")
+        layers.setdefault(message, []).append(name)
+    return [
+        f"{names[0]}{f' (and {len(names) - 1} more layers)' if len(names) > 1 else ''}: {message}"
+        for message, names in layers.items()
+    ]
 
 
 def _more(layers: list[Linear]) -> str:
