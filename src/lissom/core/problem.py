@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .constraint import Stack
+from .errors import RecipeError
 from .factor import Factor, damped, factorise
 from .grid import Codes
 from .stats import Stats
@@ -49,6 +50,10 @@ class Problem:
     ``weight``: (out, in) fp32, the dense weights. ``stats``: of the inputs, as they are after the
     compression of everything before. ``constraint``: per layer of the stack. ``start``: the solution of
     the step before in the recipe (its mask and weights), or None. ``names``: one per layer of the stack.
+    ``extras``: what few methods need besides, stacked by rows like the weights: ``gradient`` (out, in), the norm over
+    samples of each weight's gradient of the loss; ``fisher`` (out, in), its mean square; ``samples`` (count, out, in),
+    the gradients themselves; ``output_gram`` (out, out), E[g gᵀ] of the gradients g at the outputs;
+    ``entropy`` (in,), of the histogram of each input.
     """
 
     weight: Tensor
@@ -57,11 +62,21 @@ class Problem:
     names: tuple[str, ...] = ("layer",)
     start: Solved | None = None
     _factors: dict[tuple[float, bool], Factor] = field(default_factory=dict, repr=False, compare=False)
+    extras: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, weight: Tensor, stats: Stats, constraint: object = None, **rest: object) -> Problem:
         """A problem of a single layer from a plain constraint (``Sparse``, ``NM``, ``Grid``, ``Both``)."""
         return cls(weight, stats, Stack.of(constraint, weight.shape[0]), **rest)  # type: ignore[arg-type]
+
+    def extra(self, key: str, method: str) -> Tensor:
+        """One of :attr:`extras`; raises :class:`RecipeError` when the pipeline did not gather it."""
+        if key not in self.extras:
+            raise RecipeError(
+                f"`{method}` on {', '.join(self.names)} needs `{key}`, which was not gathered in this run; "
+                "run it on a model whose gradients fit in memory, or choose a method that needs none"
+            )
+        return self.extras[key]
 
     def factor(self, damping: float = 0.01, by_activation: bool = False) -> Factor:
         """The shared factorisation (made once per damping and order).

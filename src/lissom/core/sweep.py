@@ -54,12 +54,14 @@ def sweep(
     block: int = _BLOCK,
     static_groups: bool = False,
     target: Tensor | None = None,
+    importance: Tensor | None = None,
 ) -> Solved:
     """Solve ``problem`` with error feedback under the factor's column order.
 
     ``static_groups`` fits every grid on the original weights first; it is forced when the factor has an
     order, so that groups stay contiguous in the stored layout. ``target``: weights to approximate
-    instead of the dense ones (out, in).
+    instead of the dense ones (out, in). ``importance``: (in,) in stored order, the score is ``importance_j · w²``;
+    by default ``1/U_jj²``.
     """
     constraint = problem.constraint
     W = (problem.weight if target is None else target).clone()
@@ -81,6 +83,10 @@ def sweep(
         W = W[:, order]
     group_of = (torch.arange(columns) if order is None else order) // group
 
+    root = 1 / U.diagonal() if importance is None else importance.sqrt()
+    if importance is not None and order is not None:
+        root = root[order]
+
     Q = torch.empty_like(W)
     keep_all = torch.empty_like(W, dtype=torch.bool) if constraint.sparse else None
     values = torch.empty(rows, columns, dtype=torch.uint8) if constraint.quantized else None
@@ -98,7 +104,7 @@ def sweep(
         q_block = torch.empty_like(w)
         code_block = torch.empty_like(w, dtype=torch.uint8) if values is not None else None
         if constraint.sparse and constraint.width == 1:
-            keep = _select(problem, (w / d[:, None]).square().T, start, stop, order).T.contiguous()
+            keep = _select(problem, (w * root[start:stop, None]).square().T, start, stop, order).T.contiguous()
         elif constraint.sparse:
             keep = torch.empty_like(w, dtype=torch.bool)
         for begin in range(0, span, narrow):
@@ -107,7 +113,7 @@ def sweep(
                 column = start + i
                 if keep is not None and constraint.width > 1 and i % constraint.width == 0:
                     together = slice(i, i + constraint.width)
-                    score = (w[together] / d[together, None]).square().T
+                    score = (w[together] * root[column : column + constraint.width, None]).square().T
                     keep[together] = constraint.select(score, column).T
                 if constraint.quantized:
                     if static is not None:

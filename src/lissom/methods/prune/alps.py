@@ -54,14 +54,14 @@ class _Shifted:
         self.values, self.vectors = torch.linalg.eigh(H)
         # an explicit inverse costs in³ for each ρ and saves rows·in² for each product
         self.explicit = rows * interval > len(H)
-        self.rho = 0.0
-        self.inverse: Tensor | None = None
+        self.rho = -1.0
+        self.inverse = self.vectors
 
     def __call__(self, x: Tensor, rho: float) -> Tensor:
         Q = self.vectors
         if not self.explicit:
             return ((x @ Q) / (self.values + rho)) @ Q.T
-        if self.inverse is None or rho != self.rho:
+        if rho != self.rho:
             self.inverse, self.rho = (Q / (self.values + rho)) @ Q.T, rho
         return x @ self.inverse
 
