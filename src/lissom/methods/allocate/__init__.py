@@ -1,6 +1,7 @@
 """Allocation: how a budget is shared over layers, whatever method spends it."""
 
 from ...core import Method
+from . import bits as _bits
 from . import equal_marginal as _marginal
 from . import loss_clusters as _clusters
 from . import owl as _owl
@@ -23,6 +24,10 @@ METHODS = {
             "equal-marginal", "allocate", "allocation", "one more zero costs the same in every layer",
             "methods/01 §2.5", _marginal.EqualMarginal, _marginal.equal_marginal, needs=frozenset({"gram"}),
             summarise=_marginal.summarise,
+        ),
+        Method(
+            "bits", "allocate", "allocation", "2, 3, 4 or 8 bits by each layer's loss-per-bit curve", "arXiv 1909.05840",
+            _bits.Bits, _bits.bits, needs=frozenset({"gram"}), summarise=_bits.summarise,
         ),
     )
 }  # fmt: skip
