@@ -1,5 +1,6 @@
 """The vocabulary: tensors in, tensors out. Imports torch and nothing else of lissom."""
 
+from .block import BlockForward, BlockProblem
 from .constraint import NM, Both, Constraint, Fixed, Pattern, Sparse, Stack, both, keep_largest
 from .errors import (
     CalibrationError,
@@ -38,6 +39,8 @@ __all__ = [
     "NM",
     "Affine",
     "Binary",
+    "BlockForward",
+    "BlockProblem",
     "Both",
     "Budget",
     "CalibrationError",

@@ -19,6 +19,8 @@ class Method:
     ``allocation`` ``run(layers: list[LayerSummary], target: float, config) -> Budget``; with
                    ``summarise(problems: list[Problem], target: float, config) -> list[dict[str, float]]`` per block
                    (one dict for each name of each problem, in order)
+    ``block``      ``run(problem: BlockProblem, config) -> dict[str, Solved]``, after a block's layers were solved:
+                   sees the whole block with its dense inputs and outputs; keeps masks and grids
     ``transform``  ``run(model, context, config) -> model``: rewrites or trains the whole model
     =============  ==========================================================================
 

@@ -24,7 +24,11 @@ from .verify import checksum
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """What the manifest keeps of a linear layer. ``bytes`` on disk; ``checksum`` CRC-32 of the decoded fp32 weights."""
+    """What the manifest keeps of a linear layer. ``bytes`` on disk; ``checksum`` CRC-32 of the decoded fp32 weights.
+
+    ``error``, ``relative_error``: of the layer, as its solver left it. ``healed``: when a block step went over it, the
+    relative error of the whole block's output before and after, on samples held back.
+    """
 
     name: str
     block: int
@@ -42,6 +46,7 @@ class LayerRecord:
     dead_inputs: int
     bytes: int
     checksum: int
+    healed: Mapping[str, float] | None = None
 
 
 def artefact_dtype(model: Model, wanted: str) -> torch.dtype:
@@ -98,6 +103,7 @@ class Artefact:
             float((stored == 0).double().mean()), bits, group, cluster,
             result.error if result else None, result.relative_error if result else None,
             notes.get("damping"), int(notes.get("dead", 0)), size, checksum(stored),
+            {k: notes[f"block_error_{k}"] for k in ("before", "after")} if "block_error_after" in notes else None,
         )  # fmt: skip
         return record, stored
 

@@ -22,15 +22,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .. import __version__
-from ..core import Budget, OutputError
+from ..core import Budget, OutputError, Stats
 from ..export import open_model
-from ..models import Linear, Model
+from ..models import Block, Linear, Model
 from . import recipe as recipes
 from .allocate import Budgets, budgets_for, needs_held_out
 from .artefact import Artefact, LayerRecord
+from .blockwise import block_steps, work_on_block
 from .data import CalibrationSet, embed, load_calibration
 from .planning import Plan, make_plan
-from .stream import Spill, solve_stage, stream_block
+from .recipe import Step
+from .stream import LayerResult, Spill, solve_stage, stream_block
 from .verify import verify
 
 Tick = Callable[[str, int, int], None]
@@ -227,10 +229,11 @@ def _first(hidden: Mapping[str, Tensor]) -> Tensor:
     return hidden["00000"][:1]
 
 
-def _keep_hidden(work: Path, done: int, hidden: list[Tensor]) -> None:
-    """Save the hidden states after ``done`` blocks, then drop the older ones."""
+def _keep_hidden(work: Path, done: int, hidden: list[Tensor], dense: list[Tensor]) -> None:
+    """Save the hidden states after ``done`` blocks (and the dense model's, if they go along), then drop the older ones."""
     temporary, path = work / "hidden.new", work / f"hidden-{done:05d}.safetensors"
-    save_file({f"{i:05d}": h.contiguous() for i, h in enumerate(hidden)}, temporary)
+    states = {f"{i:05d}": h.contiguous() for i, h in enumerate(hidden)}
+    save_file(states | {f"dense-{i:05d}": h.contiguous() for i, h in enumerate(dense)}, temporary)
     os.replace(temporary, path)
     for number, old in _hidden_files(work).items():
         if number != done:
@@ -250,47 +253,82 @@ def _blocks(
 ) -> list[LayerRecord]:
     """Solve and save every block that is not finished yet."""
     steps = [(s, budgets.get(i)) for i, s in enumerate(made.recipe.steps) if s.method.kind == "solver"]
-    gram = any("gram" in s.method.needs for s, _ in steps)
+    healing = block_steps(made.recipe)
     waiting = Spill(work) if spill else None
     saved = _hidden_files(work)
     done = max((n for n in saved if all(artefact.has(i) for i in range(n))), default=None)
     if done is None:
         outer = artefact.outer()
         hidden = embed(model, data.ids, outer)
+        dense = embed(model, data.ids) if healing else []
         del outer
         model.release()
         done = 0
     else:
-        hidden = [h for _, h in sorted(load_file(saved[done]).items())]
+        states = sorted(load_file(saved[done]).items())
+        hidden = [h for name, h in states if not name.startswith("dense-")]
+        dense = [h for name, h in states if name.startswith("dense-")]
     records = [LayerRecord(**r) for i in range(done) for r in json.loads((work / f"records-{i:05d}.json").read_text())]
     for i in range(done, model.blocks):
         block = model.load_block(i)
-        artefact.settle(block)
-        here: list[LayerRecord] = []
-
-        def solve(stage: tuple[Linear, ...], stats: Any, block: Any = block, here: list[LayerRecord] = here) -> None:
-            results = solve_stage(stage, {layer.name: block.weight(layer.name) for layer in stage}, stats, steps)
-            by_name = {r.layer.name: r for r in results}
-            for layer in stage:
-                record, stored = artefact.layer(block, layer, by_name.get(layer.name), _cluster(budgets, layer))
-                block.set_weight(layer.name, stored)
-                here.append(record)
-                if record.damping and record.damping > 0.011:
-                    _say(
-                        note,
-                        f"{layer.name}: damping raised to {record.damping:g} until the Gram matrix was positive definite",
-                    )
-
-        hidden = stream_block(block, hidden, solve, gram, waiting)
+        here, hidden, dense = _solve_block(block, artefact, steps, healing, hidden, dense, budgets, waiting, note)
         artefact.block(i, block)
         _dump(work / f"records-{i:05d}.json", [asdict(r) for r in here])
-        _keep_hidden(work, i + 1, hidden)
+        _keep_hidden(work, i + 1, hidden, dense)
         records += here
         if tick:
             tick("compress", i + 1, model.blocks)
     if waiting:
         waiting.close()
     return records
+
+
+def _solve_block(
+    block: Block,
+    artefact: Artefact,
+    steps: Sequence[tuple[Step, Budget | None]],
+    healing: Sequence[Step],
+    hidden: list[Tensor],
+    dense: list[Tensor],
+    budgets: Budgets,
+    waiting: Spill | None,
+    note: Note | None,
+) -> tuple[list[LayerRecord], list[Tensor], list[Tensor]]:
+    """Solve and encode one block; returns its layers' records and what it gives to the next block, in both streams.
+
+    ``dense``: hidden states of the dense model, only there when steps work on whole blocks (``healing``).
+    """
+    gram = any("gram" in s.method.needs for s, _ in steps)
+    asked = max((getattr(s.config, "damping", 0.0) for s, _ in steps), default=0.0)
+    targets = [block.forward(h) for h in dense]
+    inputs = list(hidden) if healing else []
+    artefact.settle(block)
+    solved: list[LayerResult] = []
+    records: dict[str, LayerRecord] = {}
+
+    def keep(layers: Sequence[Linear], results: Sequence[LayerResult]) -> None:
+        """Encode the layers; the block goes on with the weights as the file will give them."""
+        by_name = {r.layer.name: r for r in results}
+        for layer in layers:
+            record, stored = artefact.layer(block, layer, by_name.get(layer.name), _cluster(budgets, layer))
+            block.set_weight(layer.name, stored)
+            records[layer.name] = record
+
+    def solve(stage: tuple[Linear, ...], stats: Stats) -> None:
+        results = solve_stage(stage, {layer.name: block.weight(layer.name) for layer in stage}, stats, steps)
+        solved.extend(results)
+        keep(stage, results)
+        for layer in stage:
+            damping = records[layer.name].damping
+            if damping and damping > asked * 1.001:
+                _say(note, f"{layer.name}: damping raised to {damping:g} until the Gram matrix was positive definite")
+
+    hidden = stream_block(block, hidden, solve, gram, waiting)
+    if healing:
+        healed = work_on_block(block, solved, inputs, dense, targets, healing)
+        keep([r.layer for r in healed], healed)
+        hidden = [block.forward(h) for h in inputs]
+    return list(records.values()), hidden, targets
 
 
 _PARTS = {"q": "attention", "k": "attention", "v": "attention", "qkv": "attention", "o": "attention"}

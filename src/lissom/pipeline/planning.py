@@ -255,6 +255,10 @@ def estimate(model: Model, recipe: Recipe, layers: list[Linear], tokens: int) ->
     outer = max((_numel(model.checkpoint.shape(n)) for n in model.outer_names()), default=0)
     activations = 4 * tokens * (2 * hidden + widest)
     gram = 5 * 4 * widest * widest
+    epochs = [getattr(s.config, "epochs", 1) for s in recipe.steps if s.method.kind == "block"]
+    if epochs:  # a second stream with its targets; latent weights, two moments, the best so far
+        activations += 4 * tokens * 3 * hidden
+        gram += 4 * 4 * largest
     memory = _PYTHON_AND_TORCH + max(4 * 3 * largest + activations + gram, 3 * 4 * outer)
     weights = sum(la.rows * la.columns for la in layers)
     bits = _bits_per_weight(recipe)
@@ -268,9 +272,10 @@ def estimate(model: Model, recipe: Recipe, layers: list[Linear], tokens: int) ->
         share += allocation_samples(recipe) / recipe.calibration.samples
     sweeps = sum(la.columns * 2.0e-4 + la.rows * la.columns**2 / 4e10 for la in layers) if needs_gram else 0
     seconds = 1.3 * tokens * per_token * share / matmul_speed() + sweeps + weights / 4e7
+    seconds += 3.5 * tokens * weights * sum(epochs) / matmul_speed() if epochs else 0
     return {
         "memory_bytes": float(memory),
-        "disk_bytes": float(size + 4 * tokens * hidden),
+        "disk_bytes": float(size + 4 * tokens * hidden * (2 if epochs else 1)),
         "size_bytes": float(size),
         "seconds": float(seconds),
     }

@@ -343,6 +343,10 @@ def _check(recipe: Recipe) -> list[str]:
         if step.method.kind == "allocation":
             pending = step
             continue
+        if step.method.kind == "block" and not any(s.method.kind == "solver" for s in recipe.steps[:i]):
+            out.append(f"{where}: {step.name} works on solved layers; put a pruning or quantization step before it")
+        if step.method.kind == "block" and any(s.method.kind == "solver" for s in recipe.steps[i:]):
+            out.append(f"{where}: {step.name} works on whole blocks; put it after every pruning and quantization step")
         if step.method.kind != "solver":
             continue
         if c.sparsity is not None and not 0 <= c.sparsity < 1:

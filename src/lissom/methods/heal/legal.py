@@ -1,0 +1,56 @@
+"""Latent weights that can be trained, and the legal weights that they stand for.
+
+    w = mask ∘ θ                                        sparse
+    w = decode(round(mask ∘ θ)),   ∂w/∂θ := mask ∘ 1[in range]   on a grid: straight-through (arXiv 1308.3432)
+
+The mask, the scales and the zero points never change; a zero stays exactly zero, because zero is a level of every grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...core import Codes, GridParams, Solved
+from ...core.grid import spread_groups
+
+
+@dataclass(frozen=True)
+class Legal:
+    """The set of weights that one solved layer may take: ``mask`` (out, in) bool or None, ``codes`` with the grid or None."""
+
+    mask: Tensor | None
+    codes: Codes | None
+
+    @classmethod
+    def of(cls, solved: Solved) -> Legal | None:
+        """The layer's set; None where the stored form is no uniform grid, so that the weights must stay as they are."""
+        return None if solved.stored is not None else cls(solved.mask, solved.codes)
+
+    def _grid(self, columns: int) -> GridParams:
+        assert self.codes is not None
+        c = self.codes
+        scale, zero = (spread_groups(t, columns, c.group_size) for t in (c.scale, c.zero))
+        return GridParams(scale, zero, torch.full_like(scale[:1, :1], 2.0**c.bits))
+
+    def weight(self, latent: Tensor) -> Tensor:
+        """Legal weights, (out, in), differentiable in ``latent``."""
+        w = latent if self.mask is None else latent * self.mask
+        if self.codes is None:
+            return w
+        grid = self._grid(w.shape[1])
+        low, high = grid.decode(torch.zeros(())), grid.decode(grid.levels - 1)
+        inside = torch.minimum(torch.maximum(w, low), high)  # no gradient beyond the range
+        return inside + (grid.project(w) - inside).detach()
+
+    @torch.no_grad()
+    def solved(self, latent: Tensor, before: Solved) -> Solved:
+        """``before`` with the weights, and the codes, that ``latent`` stands for. The error is not known: NaN."""
+        w = latent.detach() if self.mask is None else torch.where(self.mask, latent.detach(), 0.0)
+        error = torch.full_like(before.error, torch.nan)
+        if self.codes is None:
+            return replace(before, weight=w.clone(), error=error)
+        codes = replace(self.codes, values=self._grid(w.shape[1]).round(w).to(torch.uint8))
+        return replace(before, weight=codes.decode(), codes=codes, error=error)

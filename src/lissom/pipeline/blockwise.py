@@ -1,0 +1,54 @@
+"""Steps of kind ``block``: after a block's layers are solved, work on the block as a whole against the dense one.
+
+A second stream goes along, of the dense model: its hidden states enter the dense block, and what comes out is the target.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..core import BlockForward, BlockProblem, NumericalError
+from ..models import Block
+from .recipe import Recipe, Step
+from .stream import LayerResult
+
+
+def block_steps(recipe: Recipe) -> list[Step]:
+    return [s for s in recipe.steps if s.method.kind == "block"]
+
+
+def forward_of(block: Block) -> BlockForward:
+    """The block as a function of some of its layers' weights (out, in) and its input; everything else as it is now."""
+    base = dict(block.parameters)
+
+    def forward(weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+        view = copy.copy(block)
+        view.parameters = base | {f"{name}.weight": w for name, w in weights.items()}
+        return view.forward(hidden)
+
+    return forward
+
+
+def work_on_block(
+    block: Block,
+    results: Sequence[LayerResult],
+    inputs: Sequence[Tensor],
+    dense_inputs: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    steps: Sequence[Step],
+) -> list[LayerResult]:
+    """The results with the solutions that the chain of block steps makes of them."""
+    solved = {r.layer.name: r.solved for r in results}
+    forward = forward_of(block)
+    for step in steps:
+        problem = BlockProblem(solved, inputs, dense_inputs, targets, forward, block.number)
+        solved = step.method.run(problem, step.config)
+        for name, one in solved.items():
+            if not bool(torch.isfinite(one.weight).all()):
+                raise NumericalError(f"{step.name} made non-finite weights in {name}; lower its learning_rate")
+    return [replace(r, solved=solved[r.layer.name], notes=solved[r.layer.name].notes) for r in results]

@@ -1,0 +1,154 @@
+"""Block-wise reconstruction: legal weights stay legal, and a linear block reaches its least-squares optimum."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lissom.core import NM, BlockProblem, Both, Grid, NumericalError, Problem, Solved, Sparse, Stats
+from lissom.methods.heal.legal import Legal
+from lissom.methods.heal.reconstruct import Reconstruct, rate, reconstruct, relative_error
+
+
+def _solved(W, constraint):
+    return Problem.of(W, Stats.empty(W.shape[1], gram=False), constraint).project(W.abs())
+
+
+CONSTRAINTS = [
+    Sparse(0.5),
+    NM(2, 4),
+    Grid(4, 8),
+    Grid(3, None, True),
+    Both(NM(2, 4), Grid(4, 8)),
+    Both(Sparse(0.7), Grid(2, 16)),
+]
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS, ids=str)
+def test_solved_weights_are_legal_as_they_are(constraint):
+    solved = _solved(torch.randn(6, 16, generator=torch.Generator().manual_seed(0)), constraint)
+    rule = Legal.of(solved)
+    assert torch.allclose(rule.weight(solved.weight), solved.weight, atol=1e-6)
+    again = rule.solved(solved.weight, solved)
+    assert torch.equal(again.weight, solved.weight)
+    if solved.codes is not None:
+        assert torch.equal(again.codes.values, solved.codes.values)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), which=st.integers(0, len(CONSTRAINTS) - 1), size=st.floats(0, 10))
+def test_whatever_is_trained_the_result_is_on_the_mask_and_on_the_grid(seed, which, size):
+    generator = torch.Generator().manual_seed(seed)
+    solved = _solved(torch.randn(5, 16, generator=generator), CONSTRAINTS[which])
+    latent = solved.weight + size * torch.randn(5, 16, generator=generator)
+    new = Legal.of(solved).solved(latent, solved)
+    if solved.mask is not None:
+        assert not new.weight[~solved.mask].any()
+    if solved.codes is not None:
+        assert torch.equal(new.codes.decode(), new.weight)
+        assert torch.equal(new.codes.scale, solved.codes.scale) and torch.equal(new.codes.zero, solved.codes.zero)
+        assert int(new.codes.values.max()) < 2**solved.codes.bits
+    trained = Legal.of(solved).weight(latent)
+    assert torch.allclose(trained, new.weight, atol=1e-5)  # what the loss sees is what is stored
+
+
+def test_gradients_pass_straight_through_inside_the_range_and_not_under_the_mask():
+    W = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
+    solved = _solved(W, Grid(2, None))
+    latent = torch.tensor([[0.4, 1.4, 9.0, -1.0]], requires_grad=True)
+    Legal.of(solved).weight(latent).sum().backward()
+    assert latent.grad.tolist() == [[1, 1, 0, 0]]
+    sparse = Solved(W, None, torch.tensor([[True, False, True, False]]), torch.zeros(1))
+    latent = W.clone().requires_grad_()
+    Legal.of(sparse).weight(latent).sum().backward()
+    assert latent.grad.tolist() == [[1, 0, 1, 0]]
+
+
+def _linear_block(constraint, seed=0, samples=8, tokens=32, width=8):
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(width, width, generator=generator)
+    inputs = [torch.randn(2, tokens, width, generator=generator) @ mix for _ in range(samples // 2)]
+    W = torch.randn(width, width, generator=generator) * width**-0.5
+    targets = [x @ W.T for x in inputs]
+    solved = {"a": _solved(W, constraint)}
+    return BlockProblem(solved, inputs, inputs, targets, lambda w, x: x @ w["a"].T)
+
+
+def test_a_linear_block_reaches_the_weighted_least_squares_optimum_on_its_mask():
+    problem = _linear_block(Sparse(0.5))
+    X = torch.cat([x.flatten(0, 1) for x in problem.inputs])
+    Y = torch.cat([y.flatten(0, 1) for y in problem.targets])
+    weight = Y.norm(dim=1, keepdim=True).reciprocal()
+    mask = problem.solved["a"].mask
+    best = torch.zeros_like(problem.solved["a"].weight)
+    for row in range(len(best)):
+        on = mask[row].nonzero()[:, 0]
+        best[row, on] = torch.linalg.lstsq(X[:, on] * weight, Y[:, row : row + 1] * weight).solution[:, 0]
+    optimum = float(relative_error(X @ best.T, Y))
+    start = float(relative_error(X @ problem.solved["a"].weight.T, Y))
+    new = reconstruct(problem, Reconstruct(epochs=40, batch=2, learning_rate=0.03, held_back=0.0))["a"]
+    reached = float(relative_error(X @ new.weight.T, Y))
+    assert optimum < 0.8 * start
+    assert optimum - 1e-6 <= reached < optimum + 0.02 * (start - optimum)
+    assert new.notes["block_error_after"] == pytest.approx(reached, rel=1e-4)
+    assert not new.weight[~mask].any()
+
+
+@pytest.mark.parametrize("constraint", [Grid(3, None), Both(NM(2, 4), Grid(3, None))], ids=str)
+def test_codes_move_on_their_grid_and_the_held_back_error_falls(constraint):
+    problem = _linear_block(constraint)
+    before = problem.solved["a"]
+    after = reconstruct(problem, Reconstruct(epochs=30, learning_rate=0.03))["a"]
+    assert torch.equal(after.codes.decode(), after.weight) and torch.equal(after.codes.scale, before.codes.scale)
+    assert not torch.equal(after.codes.values, before.codes.values)
+    assert after.notes["block_error_after"] < 0.9 * after.notes["block_error_before"]
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_one_others():
+    problem, config = _linear_block(Sparse(0.5)), Reconstruct(epochs=2)
+    one, two = (reconstruct(problem, config)["a"].weight for _ in range(2))
+    other = reconstruct(problem, dataclasses.replace(config, seed=1))["a"].weight
+    assert torch.equal(one, two) and not torch.equal(one, other)
+
+
+def test_training_that_does_not_help_is_thrown_away():
+    problem = _linear_block(Sparse(0.5))
+    after = reconstruct(problem, Reconstruct(epochs=1, learning_rate=50.0, warmup=0.0))["a"]
+    assert torch.equal(after.weight, problem.solved["a"].weight)
+    assert after.notes["block_error_after"] == after.notes["block_error_before"]
+
+
+def test_a_block_that_is_already_exact_stays_as_it_is():
+    problem = _linear_block(None)
+    after = reconstruct(problem, Reconstruct(epochs=2))["a"]
+    assert torch.equal(after.weight, problem.solved["a"].weight)
+
+
+def test_inputs_choose_what_the_block_reads():
+    problem = _linear_block(Sparse(0.5))
+    off = dataclasses.replace(problem, inputs=[2 * x for x in problem.inputs])
+    config = Reconstruct(epochs=20, learning_rate=0.02, held_back=0.0)
+    made = {kind: reconstruct(off, dataclasses.replace(config, inputs=kind))["a"] for kind in ("compressed", "dense")}
+    # targets are those of the unscaled inputs: only training on the compressed stream can repair the factor 2
+    assert made["compressed"].notes["block_error_after"] < 0.5 * made["dense"].notes["block_error_after"]
+
+
+def test_a_loss_that_is_not_finite_names_block_and_step():
+    problem = dataclasses.replace(_linear_block(Sparse(0.5)), number=7, forward=lambda w, x: x @ w["a"].T * torch.nan)
+    with pytest.raises(NumericalError, match=r"block 7.*step 1 of"):
+        reconstruct(problem, Reconstruct(epochs=1))
+
+
+def test_the_rate_rises_then_falls_to_zero():
+    rates = [rate(s, 100, 0.1) for s in range(100)]
+    assert rates[:10] == pytest.approx([(s + 1) / 10 for s in range(10)])
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:])) and rates[-1] < 0.01
+
+
+@pytest.mark.parametrize("bad", [{"epochs": 0}, {"learning_rate": 0.0}, {"held_back": 1.0}, {"warmup": -0.1}])
+def test_settings_out_of_range_are_refused(bad):
+    with pytest.raises(ValueError):
+        Reconstruct(**bad)
