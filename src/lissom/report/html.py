@@ -54,7 +54,7 @@ def write_report(folder: Path) -> Path:
         _write(folder / f"report-{name}.png", data)
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["mb"] = lambda x: f"{x / 1e6:,.1f} MB"
+    environment.filters["size"] = _size
     environment.filters["num"] = _number
     page = environment.from_string(template).render(
         m=manifest,
@@ -66,6 +66,14 @@ def write_report(folder: Path) -> Path:
     path = folder / "report.html"
     _write(path, page.encode())
     return path
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1000
+    return f"{count:,.2f} GB"
 
 
 def _number(x: Any) -> str:
