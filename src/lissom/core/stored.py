@@ -38,6 +38,24 @@ def stored_bits(form: Stored) -> int:
 
 
 @dataclass(frozen=True)
+class Plain:
+    """Half-precision weights, zeros left out behind a bitmap where there are any: ``weight`` fp32 (out, in), fp16-exact."""
+
+    weight: Tensor
+
+    def decode(self) -> Tensor:
+        return self.weight
+
+    def rows(self, start: int, stop: int) -> Plain:
+        return Plain(self.weight[start:stop])
+
+    @property
+    def size(self) -> int:
+        kept = int((self.weight != 0).sum())
+        return 16 * kept + (self.weight.numel() if kept < self.weight.numel() else 0)
+
+
+@dataclass(frozen=True)
 class Affine:
     """``w = code · scale + offset``: ``values`` uint8 (out, in); ``scale``, ``offset`` (out, groups), fp16-exact.
 

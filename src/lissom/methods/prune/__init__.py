@@ -2,12 +2,24 @@
 
 from ...core import Method
 from .alps import ALPS, alps
+from .dsnot import DSnoT, dsnot
+from .e_sparse import ESparse, e_sparse
+from .gblm import GBLM, gblm
+from .isc import ISC, isc
+from .l_obs import LOBS, l_obs
 from .magnitude import Magnitude, magnitude
+from .oats import OATS, oats
+from .obd import LOBD, OBD, l_obd, obd
+from .obs import OBS, obs
 from .refit import Refit, refit
+from .ria import RIA, ria
 from .sparsegpt import SparseGPT, sparsegpt
+from .surgeon import Surgeon, surgeon
 from .wanda import Wanda, wanda
 
 _ALL = frozenset({"zeros", "codes"})
+_INPUTS, _GRAM = frozenset({"inputs"}), frozenset({"gram"})
+_GRADIENTS = frozenset({"gradients"})
 
 METHODS = {
     m.name: m
@@ -31,6 +43,50 @@ METHODS = {
         Method(
             "alps", "prune", "solver", "zeros by ADMM, then the best weights", "arXiv 2406.07831", ALPS, alps,
             needs=frozenset({"gram"}), makes=_ALL,
+        ),
+        Method(
+            "ria", "prune", "solver", "importance relative to row and column, times input norm", "ICLR 2024 (Plug-and-Play)",
+            RIA, ria, needs=_INPUTS, makes=_ALL,
+        ),
+        Method(
+            "e-sparse", "prune", "solver", "|w| times entropy and norm of its input", "arXiv 2310.15929",
+            ESparse, e_sparse, needs=_INPUTS, makes=_ALL,
+        ),
+        Method(
+            "isc", "prune", "solver", "OBS plus OBD saliency in a SparseGPT sweep", "arXiv 2310.09499", ISC, isc,
+            needs=_GRAM, makes=_ALL,
+        ),
+        Method(
+            "gblm", "prune", "solver", "|w| times input norm and gradient norm", "arXiv 2311.04902", GBLM, gblm,
+            needs=_INPUTS | _GRADIENTS, makes=_ALL, comparison="row",
+        ),
+        Method(
+            "obd", "prune", "solver", "½ F w², F the diagonal Fisher of the loss", "LeCun et al. 1989", OBD, obd,
+            needs=_GRADIENTS, makes=_ALL,
+        ),
+        Method(
+            "l-obd", "prune", "solver", "½ H w², H the layer's diagonal", "arXiv 1705.07565", LOBD, l_obd,
+            needs=_INPUTS, makes=_ALL,
+        ),
+        Method(
+            "obs", "prune", "solver", "block Fisher of the loss, kept weights updated", "arXiv 2203.07259", OBS, obs,
+            needs=_GRADIENTS, makes=_ALL,
+        ),
+        Method(
+            "l-obs", "prune", "solver", "exact greedy removal with the layer's Hessian; small layers", "arXiv 1705.07565",
+            LOBS, l_obs, needs=_GRAM, makes=_ALL,
+        ),
+        Method(
+            "llm-surgeon", "prune", "solver", "elements, rows or columns by Kronecker factors of the Fisher", "arXiv 2312.17244",
+            Surgeon, surgeon, needs=_GRAM | _GRADIENTS, makes=_ALL,
+        ),
+        Method(
+            "dsnot", "prune", "solver", "repairs a mask by exchanges that lower the mean output error", "arXiv 2310.08915",
+            DSnoT, dsnot, needs=_INPUTS, makes=_ALL, comparison="row",
+        ),
+        Method(
+            "oats", "prune", "solver", "sparse plus low rank", "arXiv 2409.13652", OATS, oats, needs=_INPUTS,
+            makes=frozenset({"zeros"}), comparison="row",
         ),
     )
 }  # fmt: skip
