@@ -13,7 +13,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from .recipe import Step
 from .stream import LayerResult, Spill, solve_stage, stream_block
 from .verify import verify
 
+_ERROR_SAMPLES = 4  # samples for the reported errors of methods that need no data themselves
 Tick = Callable[[str, int, int], None]
 Note = Callable[[str], None]
 
@@ -76,6 +77,8 @@ def compress(
     model = Model(checkpoint)
     made = make_plan(model, checked, target)
     data = load_calibration(checkpoint.tokenizer(), checked.calibration, model.config.vocab_size, needs_held_out(made))
+    if not any(step.method.needs for step in checked.steps):
+        data = replace(data, ids=data.ids[:_ERROR_SAMPLES])
     for warning in made.warnings:
         _say(note, f"note: {warning}")
     identity = {
