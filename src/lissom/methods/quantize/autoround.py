@@ -39,6 +39,7 @@ def _through(x: Tensor) -> Tensor:
     return x + (torch.round(x) - x).detach()
 
 
+@torch.enable_grad()  # compression runs without gradients
 def autoround(problem: Problem, config: AutoRound) -> Solved:
     """All layers of the stack at once."""
     grids(problem, "autoround")

@@ -109,3 +109,23 @@ def restack(problem: Problem, parts: Sequence[Solved]) -> Solved:
     notes = {k: sum(p.notes[k] for p in parts) / len(parts) for k in parts[0].notes if all(k in p.notes for p in parts)}
     weight, error = torch.cat([p.weight for p in parts]), torch.cat([p.error for p in parts])
     return Solved(weight, None, mask, error, notes, stored)
+
+
+class Adam:
+    """Adam without weight decay on a few tensors, in place (importing torch.optim's costs seconds)."""
+
+    def __init__(self, parameters: Sequence[Tensor], lr: float):
+        self.parameters, self.lr, self.steps = list(parameters), lr, 0
+        self.moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self.parameters]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step along the gradients, which are then cleared."""
+        self.steps += 1
+        a, b = 1 - 0.9**self.steps, 1 - 0.999**self.steps
+        for p, (m, v) in zip(self.parameters, self.moments, strict=True):
+            if p.grad is not None:
+                m.lerp_(p.grad, 0.1)
+                v.lerp_(p.grad.square(), 0.001)
+                p -= self.lr * (m / a) / ((v / b).sqrt() + 1e-8)
+                p.grad = None

@@ -1,6 +1,6 @@
 """OmniQuant's learnable weight clipping (LWC): the ends of every group's range are learned by gradients.
 
-    s = (σ(γ) max W − σ(β) min W)/(2^b − 1),    z = round(−σ(β) min W / s),    γ, β ← AdamW on tr(Δ H Δᵀ)
+    s = (σ(γ) max W − σ(β) min W)/(2^b − 1),    z = round(−σ(β) min W / s),    γ, β ← Adam on tr(Δ H Δᵀ)
 
 W: (out, in); γ, β: (out, groups), 4.0 at first (σ ≈ .98). Rounding passes gradients straight through. Weights stay
 frozen, so the result is round-to-nearest on a better range, in plain integer codes; a mask's zeros stay exact. The
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...core import Codes, Problem, Solved, damped
 from ...core.grid import spread_groups
-from .common import finish, grids, half, start
+from .common import Adam, finish, grids, half, start
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class OmniQuant:
     damping: float = 0.01
 
 
+@torch.enable_grad()  # compression runs without gradients
 def omniquant(problem: Problem, config: OmniQuant) -> Solved:
     """All layers of the stack at once."""
     grids(problem, "omniquant")
@@ -57,13 +58,12 @@ def omniquant(problem: Problem, config: OmniQuant) -> Solved:
 
     gamma = torch.full_like(fitted.scale, config.init, requires_grad=True)
     beta = torch.full_like(fitted.scale, config.init, requires_grad=True)
-    optimizer = torch.optim.AdamW([gamma, beta], lr=config.lr, weight_decay=0.0)
+    optimizer = Adam([gamma, beta], config.lr)
     kept = [project(fitted.scale, fitted.zero)[0], fitted.scale, fitted.zero]
     start_delta = project(fitted.scale, fitted.zero)[1]
     best = ((start_delta @ H) * start_delta).sum(1, keepdim=True)
     first = float(best.sum())
     for _ in range(config.steps):
-        optimizer.zero_grad()
         upper = torch.sigmoid(gamma)
         lower = torch.where(symmetric, upper, torch.sigmoid(beta))
         scale = (high * upper - low * lower) / top

@@ -91,6 +91,7 @@ def cayley_step(R: Tensor, gradient: Tensor, lr: float) -> Tensor:
     return torch.linalg.solve(eye + lr / 2 * Y, (eye - lr / 2 * Y) @ R)
 
 
+@torch.enable_grad()
 def learn_rotation(
     R: Tensor, loss: Callable[[Tensor], Tensor], steps: int = 100, lr: float = 1.5
 ) -> tuple[Tensor, list[float]]:
@@ -100,9 +101,10 @@ def learn_rotation(
         R = R.detach().requires_grad_()
         value = loss(R)
         (gradient,) = torch.autograd.grad(value, R)
-        if not history or float(value) < min(history):
+        now = float(value.detach())
+        if not history or now < min(history):
             best = R.detach()
-        history.append(float(value))
+        history.append(now)
         # gradients scale with the loss: steps are measured in units of the tangent's norm
         tangent = gradient @ R.T
         size = float((tangent - tangent.T).norm().clamp_min(1e-12))

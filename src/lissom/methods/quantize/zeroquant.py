@@ -19,6 +19,7 @@ from torch import Tensor
 from ...core import Codes, Grid
 from ...core.grid import spread_groups
 from .activations import ActivationGrid, fake_activation
+from .common import Adam
 
 Layer = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 
@@ -47,6 +48,7 @@ def fake_weight(W: Tensor, grid: Grid) -> Tensor:
     return torch.where(inside, W + (rounded - W).detach(), rounded)
 
 
+@torch.enable_grad()
 def distil_layer(
     layer: Layer,
     weights: Mapping[str, Tensor],
@@ -63,7 +65,7 @@ def distil_layer(
     """
     trained = {name: w.clone().requires_grad_(name in grids) for name, w in weights.items()}
     moving = [w for w in trained.values() if w.requires_grad]
-    optimizer = torch.optim.Adam(moving, lr=config.lr)
+    optimizer = Adam(moving, config.lr)
 
     def rounded() -> dict[str, Tensor]:
         return {n: fake_weight(w, grids[n]) if n in grids else w for n, w in trained.items()}
@@ -78,7 +80,6 @@ def distil_layer(
     best = {n: w.detach().clone() for n, w in trained.items()}
     for i in range(config.steps):
         k = i % len(inputs)
-        optimizer.zero_grad()
         torch.nn.functional.mse_loss(layer(rounded(), inputs[k]), targets[k]).backward()
         optimizer.step()
         if k == len(inputs) - 1 or i == config.steps - 1:
