@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import tiny_model
 
 from lissom.core import CheckpointError, Codes, Grid
 from lissom.kernels import isa
 from lissom.models import Model, open_checkpoint
 from lissom.run.engine import ContextError, Engine
+from tiny import tiny_model
 
 pytestmark = pytest.mark.skipif(isa() == "torch", reason="needs the C++ extension")
 

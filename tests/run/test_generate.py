@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_model
 
 from lissom.kernels import extension
 from lissom.run.engine import ContextError, Engine
@@ -12,6 +11,7 @@ from lissom.run.generate import Generation, Runner, generate
 from lissom.run.sampling import RequestError, Sampling
 from lissom.run.scheduler import BusyError, Scheduler, generate_batch
 from lissom.run.text import TextStream
+from tiny import tiny_model
 
 pytestmark = pytest.mark.skipif(extension is None, reason="needs the C++ extension")
 
@@ -126,9 +126,9 @@ def runner_copy(runner):
 
 
 def test_streaming_equals_the_whole(runner):
-    for settings in ({"seed": 1, "temperature": 1.5}, {"repetition_penalty": 1.2}):
-        whole = generate(runner, "class", max_tokens=50, **settings)
-        assert "".join(generate(runner, "class", max_tokens=50, stream=True, **settings)) == whole.text
+    for how in ({"seed": 1, "temperature": 1.5}, {"repetition_penalty": 1.2}):
+        whole = generate(runner, "class", max_tokens=50, **how)
+        assert "".join(generate(runner, "class", max_tokens=50, stream=True, **how)) == whole.text
     assert (
         generate(runner, "class", max_tokens=50, temperature=1.5, seed=2).tokens
         != generate(runner, "class", max_tokens=50, temperature=1.5, seed=1).tokens
@@ -154,7 +154,7 @@ def test_batches_equal_single_runs(runner):
 
 
 def test_cancelled_jobs_free_their_slot_and_full_lines_refuse(runner):
-    scheduler = Scheduler(runner, waiting=5)
+    scheduler = Scheduler(runner, waiting=1)
     jobs = [scheduler.job(runner.encode("for"), Sampling(100)) for _ in range(5)]
     for job in jobs:
         scheduler.submit(job)

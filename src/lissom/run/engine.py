@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..core import CheckpointError, Codes, Grid, LissomError
 from ..core.grid import spread_groups
-from ..kernels import Packed, extension
 from ..export import open_model
+from ..kernels import Packed, extension
 from ..models import Model
 from ..models.forward import inverse_frequencies
 from ..models.layout import Sizes

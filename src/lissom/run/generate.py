@@ -7,7 +7,7 @@ it is that token. The target checks ``draft_tokens`` proposals in one step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, overload
 
@@ -50,12 +50,13 @@ class Runner:
             ids = self._chat(prompt)
         else:
             ids = [int(i) for i in prompt]  # type: ignore[arg-type]
-        problems = []
+        problems: list[str] = []
         if not ids:
             start = self.tokenizer.bos_token_id
             if start is None:
                 problems.append("the prompt is empty and the model has no token to begin with")
-            ids = [start]
+            else:
+                ids = [int(start)]
         if not problems and any(not 0 <= i < self.engine.vocabulary for i in ids):
             problems.append(f"token ids must be in [0, {self.engine.vocabulary})")
         if problems:
@@ -116,7 +117,9 @@ class Runner:
             self.engine.release(slot)
             result.text = stream.text
 
-    def _plain(self, prompt: Sequence[int], how: Sampling, room: int, slot: int, chunk: int) -> Iterator[Any]:
+    def _plain(
+        self, prompt: Sequence[int], how: Sampling, room: int, slot: int, chunk: int
+    ) -> Generator[int, None, None]:
         core, at, seen = how.core(), len(prompt), list(prompt)
         token = self._draw(self.engine.prefill(prompt, slot), core, seen, how.seed, 0)
         yield token
@@ -133,7 +136,7 @@ class Runner:
 
     def _speculate(
         self, prompt: Sequence[int], how: Sampling, room: int, result: Generation, draft: Runner, width: int, slot: int
-    ) -> Iterator[Any]:
+    ) -> Generator[int, None, None]:
         if draft.engine.vocabulary != self.engine.vocabulary:
             raise CheckpointError(
                 f"the draft model has {draft.engine.vocabulary} tokens, the model {self.engine.vocabulary}: "

@@ -53,7 +53,7 @@ class Job:
 
 
 class Scheduler:
-    """``chunk``: tokens of one step; ``waiting``: jobs that may wait before :class:`BusyError`."""
+    """``chunk``: tokens of one step; ``waiting``: jobs that may wait for a slot before :class:`BusyError`."""
 
     def __init__(self, runner: Runner, chunk: int = 128, waiting: int = 64):
         self.runner, self.engine = runner, runner.engine
@@ -78,7 +78,7 @@ class Scheduler:
         with self._wake:
             if self._closing:
                 raise BusyError("the server is shutting down")
-            if len(self.waiting) >= self.limit:
+            if len(self.waiting) >= self.limit + len(self._free):  # a free slot takes its job at the next step
                 raise BusyError(f"{len(self.waiting)} requests are waiting already: try again later")
             self.waiting.append(job)
             self._wake.notify()
