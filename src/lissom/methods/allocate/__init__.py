@@ -1,10 +1,14 @@
 """Allocation: how a budget is shared over layers, whatever method spends it."""
 
 from ...core import Method
+from . import alpha_pruning as _alpha
+from . import besa as _besa
 from . import bits as _bits
 from . import equal_marginal as _marginal
 from . import loss_clusters as _clusters
+from . import nm_layers as _nm
 from . import owl as _owl
+from . import trace_steps as _trace
 from .uniform import Uniform, uniform
 
 METHODS = {
@@ -28,6 +32,22 @@ METHODS = {
         Method(
             "bits", "allocate", "allocation", "2, 3, 4 or 8 bits by each layer's loss-per-bit curve", "arXiv 1909.05840",
             _bits.Bits, _bits.bits, needs=frozenset({"gram"}), summarise=_bits.summarise,
+        ),
+        Method(
+            "alpha-pruning", "allocate", "allocation", "light-tailed blocks are pruned more", "arXiv 2410.10912",
+            _alpha.AlphaPruning, _alpha.alpha_pruning, summarise=_alpha.summarise,
+        ),
+        Method(
+            "trace-steps", "allocate", "allocation", "equal steps by rank of the Hessian's trace (ISC)", "arXiv 2310.09499",
+            _trace.TraceSteps, _trace.trace_steps, needs=frozenset({"inputs"}), summarise=_trace.summarise,
+        ),
+        Method(
+            "besa", "allocate", "allocation", "rates learned by block through a mixture", "arXiv 2402.16880",
+            _besa.BESA, _besa.besa, needs=frozenset({"gram"}), summarise=_besa.summarise,
+        ),
+        Method(
+            "nm-layers", "allocate", "allocation", "another plan rounded to N of M per layer", "largest remainder",
+            _nm.NMLayers, _nm.nm_layers, needs=frozenset({"gram"}), summarise=_nm.summarise,
         ),
     )
 }  # fmt: skip
