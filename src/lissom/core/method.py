@@ -26,7 +26,8 @@ class Method:
 
     ``needs``: any of "gram", "inputs" (norms and means only), "gradients", "data", "teacher", "training".
     ``comparison``: where a solver compares scores unless the recipe says: "layer" or "row".
-    ``makes``: any of "zeros", "codes" – which constraints a solver accepts beyond the plain one.
+    ``makes``: any of "zeros", "codes" – which constraints a solver accepts beyond the plain one; "forms": the result of
+    a grid may be a form of :mod:`.stored` instead of plain codes, which not every file format holds.
     """
 
     name: str

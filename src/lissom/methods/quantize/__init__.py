@@ -19,6 +19,7 @@ from .spqr import SpQR, spqr
 from .vs_quant import VSQuant, vs_quant
 
 _CODES = frozenset({"codes"})
+_FORMS = frozenset({"codes", "forms"})
 
 METHODS = {
     m.name: m
@@ -30,11 +31,11 @@ METHODS = {
         ),
         Method(
             "hqq", "quantize", "solver", "zero points that make the error sparse, without data", "Badri & Shaji 2023 (blog)", HQQ, hqq,
-            makes=_CODES,
+            makes=_FORMS,
         ),
         Method(
             "awq", "quantize", "solver", "inputs that matter are scaled up before rounding", "arXiv 2306.00978", AWQ, awq,
-            needs=frozenset({"gram"}), makes=_CODES,
+            needs=frozenset({"gram"}), makes=_FORMS,
         ),
         Method(
             "autoround", "quantize", "solver", "rounding learned by signed gradients", "arXiv 2309.05516", AutoRound, autoround,
@@ -46,27 +47,27 @@ METHODS = {
         ),
         Method(
             "quip", "quantize", "solver", "random rotations, then rounding with error feedback", "arXiv 2307.13304", QuIP, quip,
-            needs=frozenset({"gram"}), makes=_CODES,
+            needs=frozenset({"gram"}), makes=_FORMS,
         ),
         Method(
             "spqr", "quantize", "solver", "tiny groups, quantized scales, outliers kept", "arXiv 2306.03078", SpQR, spqr,
-            needs=frozenset({"gram"}), makes=_CODES,
+            needs=frozenset({"gram"}), makes=_FORMS,
         ),
         Method(
             "gobo", "quantize", "solver", "outliers kept, the rest share a few values", "arXiv 2005.03842", GOBO, gobo,
-            makes=_CODES,
+            makes=_FORMS,
         ),
         Method(
             "bcq", "quantize", "solver", "sums of scaled sign vectors (LUT-GEMM)", "arXiv 2206.09557", BCQ, bcq,
-            makes=_CODES,
+            makes=_FORMS,
         ),
         Method(
             "codebook", "quantize", "solver", "NF4, FP4, MXFP4, NVFP4, FP8, powers of two, k-means", "arXiv 2305.14314", Codebook, codebook,
-            needs=frozenset({"inputs"}), makes=_CODES,
+            needs=frozenset({"inputs"}), makes=_FORMS,
         ),
         Method(
             "loftq", "quantize", "solver", "quantized base and low-rank correction found together", "arXiv 2310.08659", LoftQ, loftq,
-            needs=frozenset({"gram"}), makes=_CODES,
+            needs=frozenset({"gram"}), makes=_FORMS,
         ),
         Method(
             "omniquant", "quantize", "solver", "clipping of ranges learned by gradients", "arXiv 2308.13137", OmniQuant, omniquant,
@@ -74,15 +75,15 @@ METHODS = {
         ),
         Method(
             "smoothquant", "quantize", "solver", "outliers of activations migrate to weights", "arXiv 2211.10438", SmoothQuant, smoothquant,
-            needs=frozenset({"inputs"}), makes=_CODES,
+            needs=frozenset({"inputs"}), makes=_FORMS,
         ),
         Method(
             "llm-int8", "quantize", "solver", "outlier inputs in half precision, the rest INT8", "arXiv 2208.07339", LLMInt8, llm_int8,
-            needs=frozenset({"inputs"}), makes=_CODES,
+            needs=frozenset({"inputs"}), makes=_FORMS,
         ),
         Method(
             "vs-quant", "quantize", "solver", "a quantized scale for every short vector", "arXiv 2102.04503", VSQuant, vs_quant,
-            makes=_CODES,
+            makes=_FORMS,
         ),
     )
 }  # fmt: skip

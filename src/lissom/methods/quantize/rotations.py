@@ -106,7 +106,7 @@ def learn_rotation(
             best = R.detach()
         history.append(now)
         # gradients scale with the loss: steps are measured in units of the tangent's norm
-        tangent = gradient @ R.T
+        tangent = (gradient @ R.T).detach()
         size = float((tangent - tangent.T).norm().clamp_min(1e-12))
         R = cayley_step(R.detach(), gradient / size, lr * (1 - i / steps))
     return best, history
