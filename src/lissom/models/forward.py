@@ -66,6 +66,7 @@ class Block:
         self.stages = tuple(tuple(la for la in linears if la.stage == s) for s in range(len(stages(row))))
         self.sizes = Sizes.of(row, config)
         self._at = prefix + row.layer.format(number)
+        self.observe: Callable[[str, Tensor], None] | None = None  # sees (layer name, output) of every linear layer
 
     def weight(self, name: str) -> Tensor:
         """Weight (out, in) of the linear layer ``name``."""
@@ -112,7 +113,10 @@ class Block:
         return self.parameters.get(self._at + name)
 
     def _apply(self, x: Tensor, module: str) -> Tensor:
-        return F.linear(x, self.parameters[f"{self._at}{module}.weight"], self._get(f"{module}.bias"))
+        out = F.linear(x, self.parameters[f"{self._at}{module}.weight"], self._get(f"{module}.bias"))
+        if self.observe is not None:
+            self.observe(self._at + module, out)
+        return out
 
     def _norm(self, x: Tensor, module: str | None) -> Tensor:
         if module is None:
@@ -140,6 +144,11 @@ class Block:
         positions = torch.arange(tokens)[None] if position_ids is None else position_ids
         angles = positions[:, None, :, None].float() * frequencies
         return angles.cos() * scale, angles.sin() * scale
+
+    def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q (batch, heads, tokens, head_dim), k and v (batch, kv_heads, tokens, head_dim) from the first stage's input,
+        before positions are applied."""
+        return self._heads([self._apply(x, name) for _, name in self.row.attention])
 
     def _heads(self, raw: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Outputs of the attention's linear layers → q, k, v, each (batch, heads, tokens, head_dim)."""

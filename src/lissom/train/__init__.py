@@ -1,0 +1,31 @@
+"""One training loop, the forms that trained weights take, and what they are trained on."""
+
+from .batches import Batches, Mixture, reweighted
+from .forms import Form, Gated, HardConcrete, Latent, LoRA, solved_of
+from .loop import State, Training, train
+from .objective import Objective, cache_teacher, held_out_loss, loss_against, loss_against_cache
+from .ranks import Ranks
+from .student import Network, Output
+
+__all__ = [
+    "Batches",
+    "Form",
+    "Gated",
+    "HardConcrete",
+    "Latent",
+    "LoRA",
+    "Mixture",
+    "Network",
+    "Objective",
+    "Output",
+    "Ranks",
+    "State",
+    "Training",
+    "cache_teacher",
+    "held_out_loss",
+    "loss_against",
+    "loss_against_cache",
+    "reweighted",
+    "solved_of",
+    "train",
+]
