@@ -215,7 +215,9 @@ def _read_packed(tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> Cod
     if zeros:
         if tuple(zeros[0].shape) != (-(-rows * bits // 32), scale.shape[1]):
             raise FormatError(f"weight_zero_point has shape {tuple(zeros[0].shape)}, which does not fit {rows} outputs")
-        zero = unpack_from_int32(zeros[0], bits, torch.Size((rows, scale.shape[1])), packed_dim=0)
+        # turned here: the library's own turning fails where all outputs share one word
+        turned = zeros[0].T.clone(memory_format=torch.contiguous_format)
+        zero = unpack_from_int32(turned, bits, torch.Size((scale.shape[1], rows))).T
     return _unsigned(values, scale, zero, bits, entry)
 
 
