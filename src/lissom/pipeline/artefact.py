@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core import Both, Grid, Problem, Solved, Stack, Stats
-from ..export import ArtefactWriter, Layout, codec_named
+from ..export import ArtefactWriter, Layout, StoredLayer, codec_named
 from ..models import Block, Linear, Model
 from .recipe import Save
 from .stream import LayerResult
@@ -106,6 +106,16 @@ class Artefact:
             {k: notes[f"block_error_{k}"] for k in ("before", "after")} if "block_error_after" in notes else None,
         )  # fmt: skip
         return record, stored
+
+    def read(self, i: int) -> dict[str, StoredLayer]:
+        """The encoded layers of block ``i`` as its finished part holds them."""
+        tensors, entries = self.writer.read(f"block-{i:05d}")
+        return {
+            name: self.codec.decode(
+                {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}, entry
+            )
+            for name, entry in entries.items()
+        }
 
     def settle(self, block: Block) -> None:
         """Round what is not a linear layer (norms, biases) as the file will hold it, before the block runs."""

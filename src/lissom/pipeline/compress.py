@@ -25,11 +25,13 @@ from .. import __version__
 from ..core import Budget, OutputError, Stats
 from ..export import open_model
 from ..models import Block, Linear, Model
+from . import gradients
 from . import recipe as recipes
 from .allocate import Budgets, budgets_for, needs_held_out
 from .artefact import Artefact, LayerRecord
 from .blockwise import block_steps, work_on_block
 from .data import CalibrationSet, embed, load_calibration
+from .healing import heal, training_steps
 from .planning import Plan, make_plan
 from .recipe import Step
 from .stream import LayerResult, Spill, solve_stage, stream_block
@@ -97,12 +99,25 @@ def compress(
     stages["allocate"] = time.perf_counter() - clock
 
     clock = time.perf_counter()
-    artefact = Artefact(work, model, checked.save)
-    records = _blocks(work, model, made, budgets, data, artefact, spill, tick, note)
-    stages["blocks"] = time.perf_counter() - clock
+    extras = gradients.wanted_extras([step.name for step in checked.steps])
+    if extras:
+        gradients.gather(model, data.ids, work, extras, tick)
+    stages["gradients"] = time.perf_counter() - clock
 
     clock = time.perf_counter()
-    hidden = load_file(_hidden_files(work)[model.blocks])
+    artefact = Artefact(work, model, checked.save)
+    records = _blocks(work, model, made, budgets, data, artefact, spill, tick, note)
+    sample = _first(load_file(_hidden_files(work)[model.blocks]))
+    stages["blocks"] = time.perf_counter() - clock
+
+    healing: dict[str, Any] = {}
+    for step in training_steps(checked):
+        clock = time.perf_counter()
+        healed = heal(work / "training", model, artefact, records, step, checked.calibration.data, data.ids[:1], tick)
+        records, sample, healing[step.name] = healed.records, healed.hidden, healed.history
+        stages[step.name] = time.perf_counter() - clock
+
+    clock = time.perf_counter()
     manifest = {
         "lissom": __version__,
         "source": str(source),
@@ -112,6 +127,7 @@ def compress(
         "warnings": list(made.warnings),
         "calibration": identity["calibration"],
         "allocation": allocation,
+        "healing": healing,
         "layers": [asdict(r) for r in records],
         "dense_bytes": checkpoint.bytes,
         "versions": _versions(),
@@ -130,7 +146,7 @@ def compress(
     stages["save"] = time.perf_counter() - clock
 
     clock = time.perf_counter()
-    manifest |= {"verified": verify(work, manifest, data.ids[:1], _first(hidden), note)}
+    manifest |= {"verified": verify(work, manifest, data.ids[:1], sample, note)}
     stages["verify"] = time.perf_counter() - clock
     timings = {
         "seconds": time.perf_counter() - started,
@@ -145,8 +161,10 @@ def compress(
         work / "run.json",
         work / "budgets.json",
         *work.glob("records-*.json"),
+        *work.glob("gradients-*.safetensors"),
     ):
         leftover.unlink(missing_ok=True)
+    shutil.rmtree(work / "training", ignore_errors=True)
     os.replace(work, target)
     return manifest | timings | {"out": str(target)}
 
@@ -274,7 +292,9 @@ def _blocks(
     records = [LayerRecord(**r) for i in range(done) for r in json.loads((work / f"records-{i:05d}.json").read_text())]
     for i in range(done, model.blocks):
         block = model.load_block(i)
-        here, hidden, dense = _solve_block(block, artefact, steps, healing, hidden, dense, budgets, waiting, note)
+        here, hidden, dense = _solve_block(
+            block, artefact, steps, gradients.block_extras(work, i), healing, hidden, dense, budgets, waiting, note
+        )
         artefact.block(i, block)
         _dump(work / f"records-{i:05d}.json", [asdict(r) for r in here])
         _keep_hidden(work, i + 1, hidden, dense)
@@ -290,6 +310,7 @@ def _solve_block(
     block: Block,
     artefact: Artefact,
     steps: Sequence[tuple[Step, Budget | None]],
+    extras: Mapping[str, Mapping[str, Tensor]],
     healing: Sequence[Step],
     hidden: list[Tensor],
     dense: list[Tensor],
@@ -318,7 +339,7 @@ def _solve_block(
             records[layer.name] = record
 
     def solve(stage: tuple[Linear, ...], stats: Stats) -> None:
-        results = solve_stage(stage, {layer.name: block.weight(layer.name) for layer in stage}, stats, steps)
+        results = solve_stage(stage, {layer.name: block.weight(layer.name) for layer in stage}, stats, steps, extras)
         solved.extend(results)
         keep(stage, results)
         for layer in stage:

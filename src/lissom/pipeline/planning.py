@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 import time
@@ -111,6 +112,11 @@ def make_plan(model: Model, recipe: Recipe, out: Path | None = None, calibration
     solvers = [s for s in recipe.steps if s.method.kind == "solver"]
     for step in solvers:
         problems += _misfits(step, layers, warnings)
+    trained = [s for s in recipe.steps if s.method.kind == "training"]
+    if trained and recipe.save.format == "dense" and any(s.constraint.bits != 16 for s in solvers):
+        problems.append(
+            f"{trained[0].name}: format dense keeps no grid, so training would leave it; save as packed or compressed-tensors"
+        )
     rows = [_row(layer, solvers) for layer in layers]
     prunable = sum(layer.rows * layer.columns for layer in layers)
     zeros = sum(r["weights"] * r["sparsity"] for r in rows)
@@ -235,6 +241,7 @@ def _existing(path: Path) -> Path:
     return path
 
 
+@functools.cache
 def matmul_speed(seconds: float = 0.2) -> float:
     """Multiply-adds per second of this machine in fp32, measured."""
     a, b = torch.randn(512, 768), torch.randn(768, 768)
@@ -272,6 +279,13 @@ def estimate(model: Model, recipe: Recipe, layers: list[Linear], tokens: int) ->
         share += allocation_samples(recipe) / recipe.calibration.samples
     sweeps = sum(la.columns * 2.0e-4 + la.rows * la.columns**2 / 4e10 for la in layers) if needs_gram else 0
     seconds = 1.3 * tokens * per_token * share / matmul_speed() + sweeps + weights / 4e7
+    for step in recipe.steps:
+        if step.method.kind == "training":  # two models, gradients, two moments, the best so far, logits
+            c = step.config
+            logits = 4 * 4 * c.batch * c.length * model.config.vocab_size // c.accumulate
+            memory = max(memory, _PYTHON_AND_TORCH + 4 * 6 * model.parameters_count + logits)
+            whole = 4.0 * c.steps * c.batch * c.length * model.parameters_count / matmul_speed()
+            seconds += whole if c.minutes is None else min(whole, 60 * c.minutes)
     seconds += 3.5 * tokens * weights * sum(epochs) / matmul_speed() if epochs else 0
     return {
         "memory_bytes": float(memory),

@@ -343,10 +343,12 @@ def _check(recipe: Recipe) -> list[str]:
         if step.method.kind == "allocation":
             pending = step
             continue
-        if step.method.kind == "block" and not any(s.method.kind == "solver" for s in recipe.steps[:i]):
+        if step.method.kind in ("block", "training") and not any(s.method.kind == "solver" for s in recipe.steps[:i]):
             out.append(f"{where}: {step.name} works on solved layers; put a pruning or quantization step before it")
         if step.method.kind == "block" and any(s.method.kind == "solver" for s in recipe.steps[i:]):
             out.append(f"{where}: {step.name} works on whole blocks; put it after every pruning and quantization step")
+        if step.method.kind == "training" and i + 1 < len(recipe.steps):
+            out.append(f"{where}: {step.name} trains the finished model; it must be the last step")
         if step.method.kind != "solver":
             continue
         if c.sparsity is not None and not 0 <= c.sparsity < 1:
@@ -378,6 +380,11 @@ def _check(recipe: Recipe) -> list[str]:
             out.append(f"{where}: {step.name} does not prune; put a pruning step before it")
         if c.bits != 16 and "codes" not in step.method.makes:
             out.append(f"{where}: {step.name} does not quantize; add a quantization step after it")
+        first = not any(s.method.kind == "solver" for s in recipe.steps[:i])
+        if first and c.sparsity is None and not c.nm and not c.free_m and c.bits == 16:
+            out.append(
+                f"{where}: changes nothing; give it a sparsity, a pattern or bits, or put it after a pruning step"
+            )
         if c.prunes and quantized_by:
             out.append(
                 f"{where}: pruning after {quantized_by} would break its codes; prune first, or use one joint step"

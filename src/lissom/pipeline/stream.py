@@ -114,10 +114,11 @@ def solve_stage(
     weights: Mapping[str, Tensor],
     stats: Stats,
     steps: Sequence[tuple[Step, Budget | None]],
+    extras: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> list[LayerResult]:
     """Run the chain of solver steps on the layers of one stage; layers that no step touches are left out.
 
-    Layers whose steps and group sizes agree are stacked; all share the stage's factorisation.
+    ``extras``: layer name → what :attr:`Problem.extras` should hold of it (:mod:`.gradients`). Layers whose steps and group sizes agree are stacked; all share the stage's factorisation.
     """
     factors: dict[tuple[float, bool], Factor] = {}
     stacks: dict[tuple, list[Linear]] = {}
@@ -131,7 +132,7 @@ def solve_stage(
     out: list[LayerResult] = []
     for key, members in stacks.items():
         chain = [s for s, (touched, *_) in zip(steps, key, strict=True) if touched]
-        out += _solve_stack(members, weights, stats, chain, factors)
+        out += _solve_stack(members, weights, stats, chain, factors, extras or {})
     return out
 
 
@@ -141,10 +142,14 @@ def _solve_stack(
     stats: Stats,
     chain: Sequence[tuple[Step, Budget | None]],
     factors: dict[tuple[float, bool], Factor],
+    extras: Mapping[str, Mapping[str, Tensor]],
 ) -> list[LayerResult]:
     W = torch.cat([weights[layer.name] for layer in layers])
     names = tuple(layer.name for layer in layers)
-    problem, solved = Problem(W, stats, Stack(((len(W), Both()),)), names, None, factors), None
+    problem, solved = (
+        Problem(W, stats, Stack(((len(W), Both()),)), names, None, factors, _stacked(layers, extras)),
+        None,
+    )
     patterns = ["dense"] * len(layers)
     for step, budget in chain:
         parts = [(layer.rows, constraint_for(layer, step.constraint, budget)) for layer in layers]
@@ -168,6 +173,16 @@ def _solve_stack(
         results.append(LayerResult(layer, part, pattern, error / max(scale, 1e-30), error, part.notes))
         row += layer.rows
     return results
+
+
+def _stacked(layers: list[Linear], extras: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Extras of the layers of a stack, stacked by rows (per output rows; Gram matrices block by block)."""
+    mine = [extras.get(layer.name, {}) for layer in layers]
+    out: dict[str, Tensor] = {}
+    for key in mine[0]:
+        parts = [m[key] for m in mine]
+        out[key] = torch.block_diag(*parts) if key == "output_gram" else torch.cat(parts, dim=-2)
+    return out
 
 
 def _pattern(pattern: Pattern | None, before: str) -> str:

@@ -1,0 +1,142 @@
+"""Gradients of the loss without the whole model in memory: blocks are run again, one at a time, from the last to the first.
+
+    forward, saving every block's input to disk          h_{i+1} = block_i(h_i)
+    ∂L/∂h after the last block from the head, then for i = last … first:
+        run block i again from its saved input with gradients, push ∂L/∂h_{i+1} through it
+
+Memory: one block, its gradients, and one sample's graph. What is kept of a layer (``WANTED``) goes to one file per block.
+L is the mean next-token loss of one sample; all statistics run over samples.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..core import RecipeError
+from ..models import Block, Model
+
+Tick = Callable[[str, int, int], None]
+# method → what it reads from ``Problem.extras``
+WANTED = {"gblm": "gradient", "obd": "fisher", "obs": "samples", "llm-surgeon": "output_gram"}
+_TOKENS = 256  # of the head's logits at a time
+
+
+def wanted_extras(names: Collection[str]) -> list[str]:
+    """The extras that these methods read."""
+    return sorted({WANTED[name] for name in names if name in WANTED})
+
+
+def gather(model: Model, ids: Tensor, folder: Path, extras: Collection[str], tick: Tick | None = None) -> None:
+    """Write ``gradients-<block>.safetensors`` into ``folder`` for ``ids: (samples, tokens)``; finished files are kept."""
+    if not model.has_head:
+        raise RecipeError("gradients of the loss need a language-model head, which this model has not")
+    done = [_file(folder, i).exists() for i in range(model.blocks)]
+    if all(done):
+        return
+    _forward(model, ids, folder)
+    upstream = _loss_gradients(model, ids, folder)
+    for i in reversed(range(model.blocks)):
+        upstream, kept = _backward(model.load_block(i), _inputs(folder, i), upstream, extras)
+        temporary = folder / "gradients.new"
+        save_file({k: v.contiguous() for k, v in kept.items()}, temporary)
+        os.replace(temporary, _file(folder, i))
+        _inputs_file(folder, i).unlink()
+        if tick:
+            tick("gradients", model.blocks - i, model.blocks)
+    _inputs_file(folder, model.blocks).unlink()
+
+
+def block_extras(folder: Path, i: int) -> dict[str, dict[str, Tensor]]:
+    """Layer name → extra → tensor, of block ``i``; empty when nothing was gathered."""
+    out: dict[str, dict[str, Tensor]] = {}
+    if _file(folder, i).exists():
+        for key, value in load_file(_file(folder, i)).items():
+            name, _, extra = key.rpartition("|")
+            out.setdefault(name, {})[extra] = value
+    return out
+
+
+def _file(folder: Path, i: int) -> Path:
+    return folder / f"gradients-{i:05d}.safetensors"
+
+
+def _inputs_file(folder: Path, i: int) -> Path:
+    return folder / f"inputs-{i:05d}.safetensors"
+
+
+def _inputs(folder: Path, i: int) -> Tensor:
+    return load_file(_inputs_file(folder, i))["h"]
+
+
+@torch.no_grad()
+def _forward(model: Model, ids: Tensor, folder: Path) -> None:
+    h = torch.cat([model.embed(row[None]) for row in ids])
+    save_file({"h": h}, _inputs_file(folder, 0))
+    for i in range(model.blocks):
+        block = model.load_block(i)
+        h = torch.cat([block.forward(row[None]) for row in h])
+        save_file({"h": h}, _inputs_file(folder, i + 1))
+
+
+@torch.enable_grad()
+def _loss_gradients(model: Model, ids: Tensor, folder: Path) -> Tensor:
+    """∂L/∂h after the last block, (samples, tokens, width)."""
+    h = _inputs(folder, model.blocks)
+    out = torch.zeros_like(h)
+    predicted = ids.shape[1] - 1
+    for sample, row in enumerate(ids):
+        for at in range(0, predicted, _TOKENS):
+            stop = min(at + _TOKENS, predicted)
+            part = h[sample : sample + 1, at:stop].detach().requires_grad_()
+            logits = model.head(part)[0]
+            loss = torch.nn.functional.cross_entropy(logits, row[at + 1 : stop + 1], reduction="sum") / predicted
+            out[sample, at:stop] = torch.autograd.grad(loss, part)[0][0]
+    return out
+
+
+@torch.enable_grad()
+def _backward(
+    block: Block, inputs: Tensor, upstream: Tensor, extras: Collection[str]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """∂L/∂h before the block, and the extras of its layers under ``name|extra``."""
+    names = [layer.name for layer in block.linears]
+    weights = [block.weight(name).requires_grad_() for name in names]
+    kept: dict[str, Tensor] = {}
+    grams = {layer.name: torch.zeros(layer.rows, layer.rows) for layer in block.linears}
+
+    def observe(name: str, output: Tensor) -> None:
+        def add(g: Tensor) -> None:
+            flat = g.detach().flatten(0, -2)
+            grams[name] += flat.T @ flat
+
+        output.register_hook(add)
+
+    if "output_gram" in extras:
+        block.observe = observe
+    squares = [torch.zeros_like(w, requires_grad=False) for w in weights]
+    samples: list[list[Tensor]] = [[] for _ in weights]
+    before = torch.empty_like(inputs)
+    for s in range(len(inputs)):
+        h = inputs[s : s + 1].detach().requires_grad_()
+        gradients = torch.autograd.grad(block.forward(h), [h, *weights], upstream[s : s + 1])
+        before[s] = gradients[0][0]
+        for total, single, g in zip(squares, samples, gradients[1:], strict=True):
+            total += g.square()
+            if "samples" in extras:
+                single.append(g)
+    for i, name in enumerate(names):
+        if "gradient" in extras:
+            kept[f"{name}|gradient"] = squares[i].sqrt()
+        if "fisher" in extras:
+            kept[f"{name}|fisher"] = squares[i] / len(inputs)
+        if "samples" in extras:
+            kept[f"{name}|samples"] = torch.stack(samples[i])
+        if "output_gram" in extras:
+            kept[f"{name}|output_gram"] = grams[name] / (len(inputs) * inputs.shape[1])
+    return before, kept
