@@ -7,12 +7,14 @@ import torch
 from safetensors.torch import load_file
 
 import lissom
+import tiny
 from lissom.export import open_model
 from lissom.models import Model
 from lissom.pipeline import shipped
 from lissom.pipeline.verify import checksum
 
-SMALL = ["samples=4", "length=32", "group_size=32"]
+TEXT = f"calibration.data={tiny.__file__}"  # short, so that tokenising it takes no time
+SMALL = ["samples=4", "length=32", TEXT, "group_size=32"]
 IDS = torch.arange(48).reshape(2, 24) * 7 % 300
 
 
@@ -20,14 +22,18 @@ def run(source, out, recipe, *overrides):
     return lissom.compress(source, out, recipe, overrides=[*SETTINGS.get(recipe, SMALL), *overrides])
 
 
-SETTINGS = {r: SMALL[:2] for r in ("magnitude", "wanda", "sparsegpt", "uniform", "owl", "loss-clusters",
+SETTINGS = {r: SMALL[:3] for r in ("magnitude", "wanda", "sparsegpt", "uniform", "owl", "loss-clusters",
                                    "equal-marginal", "sparse-2-4", "int8")}  # fmt: skip
 
 
 def logits_of(path, fmt):
     from transformers import AutoModelForCausalLM
 
-    model = lissom.load(path, "float32") if fmt == "packed" else AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = (
+        lissom.load(path, "float32")
+        if fmt == "packed"
+        else AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    )
     with torch.no_grad():
         return model.eval()(IDS).logits
 
@@ -105,13 +111,13 @@ def test_formats_hold_the_same_weights(trained, tmp_path, fmt):
 
 
 def test_an_artefact_can_be_compressed_again(trained, tmp_path):
-    lissom.compress(trained, tmp_path / "pruned", "sparsegpt", overrides=SMALL[:2])
+    lissom.compress(trained, tmp_path / "pruned", "sparsegpt", overrides=SMALL[:3])
     result = lissom.compress(tmp_path / "pruned", tmp_path / "both", "rtn", overrides=["bits=8", *SMALL])
     assert result["sparsity"] >= 0.5 - 0.01
 
 
 def test_ignore_and_only_leave_layers_as_they_were(trained, tmp_path):
-    result = lissom.compress(trained, tmp_path / "out", "magnitude", overrides=[*SMALL[:2], "ignore=[o, 'layers.0.']"])
+    result = lissom.compress(trained, tmp_path / "out", "magnitude", overrides=[*SMALL[:3], "ignore=[o, 'layers.0.']"])
     before, after = open_model(trained), open_model(tmp_path / "out")
     for row in result["layers"]:
         same = torch.equal(before.tensor(f"{row['name']}.weight"), after.tensor(f"{row['name']}.weight"))
@@ -136,7 +142,7 @@ def test_dead_inputs_work_and_are_reported(random_checkpoint, tmp_path):
             layer.input_layernorm.weight[:3] = 0  # the first three inputs of q, k, v
     model.save_pretrained(tmp_path / "in")
     tiny_tokenizer().save_pretrained(tmp_path / "in")
-    result = lissom.compress(tmp_path / "in", tmp_path / "out", "sparsegpt", overrides=SMALL[:2])
+    result = lissom.compress(tmp_path / "in", tmp_path / "out", "sparsegpt", overrides=SMALL[:3])
     for row in result["layers"]:
         assert row["dead_inputs"] == (3 if row["role"] in "qkv" else 0)
     weight = open_model(tmp_path / "out").tensor("model.layers.0.self_attn.q_proj.weight")
@@ -146,7 +152,11 @@ def test_dead_inputs_work_and_are_reported(random_checkpoint, tmp_path):
 def test_a_gram_matrix_that_is_not_positive_definite_gets_more_damping_and_says_so(trained, tmp_path):
     notes = []
     result = lissom.compress(
-        trained, tmp_path / "out", "sparsegpt", note=notes.append, overrides=["samples=1", "length=3", "damping=0"]
+        trained,
+        tmp_path / "out",
+        "sparsegpt",
+        note=notes.append,
+        overrides=["samples=1", "length=3", "damping=0", TEXT],
     )
     raised = [r for r in result["layers"] if r["damping"] and r["damping"] > 0]
     assert raised, "three tokens cannot fill a Gram matrix of 64 inputs"

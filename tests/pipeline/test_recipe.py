@@ -4,7 +4,7 @@ import pytest
 
 from lissom.core import RecipeError
 from lissom.methods import METHODS
-from lissom.pipeline.recipe import read, shipped
+from lissom.pipeline.recipe import names, read, shipped
 
 
 def test_every_shipped_recipe_parses_and_reads_back_the_same():
@@ -13,6 +13,12 @@ def test_every_shipped_recipe_parses_and_reads_back_the_same():
         recipe = read(name)
         assert recipe.summary
         assert read(recipe.describe()) == recipe
+
+
+def test_every_method_stands_for_a_recipe():
+    for name, method in METHODS.items():
+        if method.kind in ("solver", "allocation"):
+            assert name in names() and any(step.name == name for step in read(name).steps)
 
 
 @pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt", "rtn", "gptq"])

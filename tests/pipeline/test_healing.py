@@ -1,0 +1,110 @@
+"""The `heal` step: quality comes back, zeros and grids stay, a killed training goes on to the same bytes."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from lissom.core import CalibrationError, RecipeError
+from lissom.evaluate import evaluate
+from lissom.export import open_model
+from lissom.pipeline import compress, plan
+from lissom.pipeline.recipe import read
+
+SMALL = ["calibration.samples=12", "calibration.length=48"]
+HEAL = {
+    "use": "heal", "steps": 24, "batch": 8, "length": 32, "learning_rate": 2e-3, "evaluate_every": 4, "held_out": 4,
+}  # fmt: skip
+STEPS = [{"use": "sparsegpt", "sparsity": 0.7}, HEAL]
+
+
+@pytest.fixture(scope="module")
+def healed(trained, tmp_path_factory):
+    out = tmp_path_factory.mktemp("healed") / "out"
+    return out, compress(trained, out, STEPS, overrides=SMALL)
+
+
+def test_it_wins_back_perplexity_and_keeps_every_zero(trained, healed, tmp_path):
+    out, manifest = healed
+    plain = compress(trained, tmp_path / "plain", STEPS[:1], overrides=SMALL)
+    dense, pruned, better = (
+        math.log(evaluate(p, length=64, count=8)["perplexity"]) for p in (trained, tmp_path / "plain", out)
+    )
+    assert better - dense < 0.7 * (pruned - dense)
+    for a, b in zip(plain["layers"], manifest["layers"], strict=True):
+        zeros = [open_model(p).tensor(f"{a['name']}.weight") == 0 for p in (tmp_path / "plain", out)]
+        assert bool((zeros[1] >= zeros[0]).all()) and a["error"] == b["error"]
+    history = manifest["healing"]["heal"]
+    assert history[-1]["held_out"] < history[0]["held_out"] and history[-1]["step"] == 24
+    assert not (out / "training").exists()
+
+
+@pytest.mark.parametrize("label, at", [("heal", 17), ("compress", 3)])
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(trained, healed, tmp_path, label, at):
+    out, _ = healed
+
+    def stop(what, done, total):
+        if (what, done) == (label, at):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(trained, tmp_path / "again", STEPS, overrides=SMALL, tick=stop)
+    compress(trained, tmp_path / "again", STEPS, overrides=SMALL)
+    for file in sorted(out.glob("*.safetensors")):
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_joint_sparse_and_quantized_layers_stay_on_their_grid(trained, tmp_path, rank):
+    steps = [{"use": "sparsegpt", "pattern": "4:16", "bits": 4, "group_size": 32}]
+    more = [*SMALL, "format=packed"]
+    plain = compress(trained, tmp_path / "plain", steps, overrides=more)
+    made = compress(trained, tmp_path / "out", [*steps, {**HEAL, "rank": rank}], overrides=more)
+    assert made["bytes"] == pytest.approx(plain["bytes"], rel=0.01)
+    grids = [_grids(p) for p in (tmp_path / "plain", tmp_path / "out")]
+    assert grids[0] == grids[1] and len(grids[0]) == len(plain["layers"])
+    assert made["healing"]["heal"][-1]["held_out"] < made["healing"]["heal"][0]["held_out"]
+
+
+def _grids(path):
+    """Scales of every layer, as bytes."""
+    from safetensors import safe_open
+
+    out = {}
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, "pt") as held:
+            for name in held.keys():  # noqa: SIM118
+                if "scale" in name and "layers" in name:
+                    out[name] = held.get_tensor(name).flatten().view(torch.uint8).numpy().tobytes()
+    return out
+
+
+def test_a_text_that_is_too_short_says_what_is_needed(trained, tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("just a few words")
+    with pytest.raises(CalibrationError, match=r"heal: the text has \d+ tokens, 4 held-out windows"):
+        compress(trained, tmp_path / "out", [STEPS[0], {**HEAL, "data": str(text)}], overrides=SMALL)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "steps, words",
+    [([HEAL], "works on solved layers"), ([STEPS[0], HEAL, {"use": "reconstruct"}], "must be the last step")],
+)
+def test_a_training_step_in_the_wrong_place_is_refused(steps, words):
+    with pytest.raises(RecipeError, match=words):
+        read(steps)
+
+
+def test_a_format_that_forgets_the_grid_is_refused_by_the_plan(trained):
+    with pytest.raises(RecipeError, match="format dense keeps no grid"):
+        plan(trained, [{"use": "gptq", "bits": 4, "group_size": 32}, HEAL])
+
+
+def test_the_plan_counts_the_training(trained):
+    long, short = (
+        plan(trained, [STEPS[0], {**HEAL, "steps": n}], overrides=SMALL).estimates["seconds"] for n in (100_000, 1)
+    )
+    assert long > 10 * short
+    assert json.dumps(read(STEPS).describe())
