@@ -100,6 +100,10 @@ def evaluate(
     layers of the blocks), ``load_seconds``; with ``against`` also ``kl`` (nats a token, dense ‖ model),
     ``top1_agreement``, ``dense_perplexity`` and ``dense_bytes``.
     """
+    if length < 2 or (count is not None and count < 1):
+        raise CalibrationError(
+            f"length must be at least 2 tokens and windows at least 1 (0 on the command line: all), not {length} and {count}"
+        )
     checkpoint = open_model(source)
     model = Model(checkpoint)
     if not model.has_head:

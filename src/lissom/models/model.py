@@ -113,6 +113,11 @@ class Model:
         """Every outer tensor that the forward pass reads, fp32, for training: pass it to ``embed`` and ``head``."""
         return {p.name: self._read(p.name).to(torch.float32) for p in self._outer_parts}
 
+    def check_weights(self) -> None:
+        """Read every tensor once, one at a time; raises :class:`CheckpointError` for NaN or Inf."""
+        for name in self._names:
+            self._read(name)
+
     def release(self) -> None:
         """Let go of the embedding and head that ``embed`` and ``head`` keep between calls."""
         self._cache.clear()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -91,6 +92,8 @@ def compress(
         "threads": torch.get_num_threads(),
     }
     work = target.with_name(target.name + ".partial")
+    if not (work / "run.json").exists():
+        model.check_weights()  # minutes before hours of work
     _start(work, identity, resume, note)
     stages: dict[str, float] = {}
 
@@ -254,7 +257,15 @@ def _keep_hidden(work: Path, done: int, hidden: list[Tensor], dense: list[Tensor
     """Save the hidden states after ``done`` blocks (and the dense model's, if they go along), then drop the older ones."""
     temporary, path = work / "hidden.new", work / f"hidden-{done:05d}.safetensors"
     states = {f"{i:05d}": h.contiguous() for i, h in enumerate(hidden)}
-    save_file(states | {f"dense-{i:05d}": h.contiguous() for i, h in enumerate(dense)}, temporary)
+    states |= {f"dense-{i:05d}": h.contiguous() for i, h in enumerate(dense)}
+    try:
+        save_file(states, temporary)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        size = sum(h.numel() * h.element_size() for h in states.values())
+        raise OutputError(
+            f"cannot write {path} ({size / 1e6:.1f} MB): {error}. What is finished is kept: make room and run again"
+        ) from error
     os.replace(temporary, path)
     for number, old in _hidden_files(work).items():
         if number != done:

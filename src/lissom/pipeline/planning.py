@@ -117,6 +117,10 @@ def make_plan(model: Model, recipe: Recipe, out: Path | None = None, calibration
         problems.append(
             f"{trained[0].name}: format dense keeps no grid, so training would leave it; save as packed or compressed-tensors"
         )
+    positions, length = getattr(model.config, "max_position_embeddings", None), recipe.calibration.length
+    if positions and length > positions:
+        text = f"calibration: samples of {length} tokens are longer than the {positions} positions of the model"
+        (problems if model.architecture.embed_positions else warnings).append(f"{text}; set length={positions}")
     rows = [_row(layer, solvers) for layer in layers]
     prunable = sum(layer.rows * layer.columns for layer in layers)
     zeros = sum(r["weights"] * r["sparsity"] for r in rows)

@@ -11,6 +11,7 @@ and each product with a weight matrix is done exactly once, with the compressed 
 
 from __future__ import annotations
 
+import ctypes
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,13 +19,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..core import NM, Both, Budget, Factor, Fixed, NumericalError, Pattern, Problem, Solved, Stack, Stats, merge
+from ..core import (
+    NM,
+    Both,
+    Budget,
+    Factor,
+    Fixed,
+    NumericalError,
+    OutputError,
+    Pattern,
+    Problem,
+    Solved,
+    Stack,
+    Stats,
+    merge,
+)
 from ..models import Block, Linear
 from .planning import constraint_for, wanted
 from .recipe import Step
+
+try:
+    _trim = ctypes.CDLL(None).malloc_trim
+except (OSError, AttributeError, TypeError):  # not glibc
+    _trim = None
+
+
+def give_back() -> None:
+    """Return freed memory to the system: glibc keeps what large tensors leave behind, in pieces that the next block's
+    tensors may not fit, so that the resident size would creep up with the number of blocks."""
+    if _trim is not None:
+        _trim(0)
+
 
 Visit = Callable[[tuple[Linear, ...], Stats], None]
 
@@ -37,7 +66,12 @@ class Spill:
 
     def put(self, index: int, state: dict[str, Any]) -> None:
         tensors = {k: v.contiguous() for k, v in state.items() if isinstance(v, Tensor)}
-        save_file({k: v.clone() for k, v in tensors.items()}, self._path(index))
+        try:
+            save_file({k: v.clone() for k, v in tensors.items()}, self._path(index))
+        except (OSError, SafetensorError) as error:
+            raise OutputError(
+                f"cannot spill activations to {self._folder}: {error}. Make room or run without --spill"
+            ) from error
         for key in tensors:
             del state[key]
 
@@ -88,12 +122,14 @@ def stream_block(
                 spill.put(i, run.state)
         assert stats is not None
         visit(stage, stats)
+        give_back()
     outputs = []
     for i, run in enumerate(runs):
         if spill:
             spill.get(i, run.state)
         run.advance()
         outputs.append(run.output())
+    give_back()
     return outputs
 
 
