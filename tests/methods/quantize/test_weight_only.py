@@ -244,3 +244,19 @@ def test_solvers_take_layers_of_different_bits() -> None:
         alone = Problem.of(p.weight[4:], Stats.of(inputs(32)), Grid(4, 16))
         assert parts["a"].error.mean() > parts["b"].error.mean()
         assert float(parts["b"].error.sum()) == pytest.approx(float(alone.error(parts["b"].weight).sum()), rel=1e-3)
+
+
+def test_a_pass_of_descent_against_a_loop_over_columns() -> None:
+    torch.manual_seed(0)
+    X = torch.randn(400, 140)  # more than one block of columns
+    H, W = X.T @ X / 400, torch.randn(2, 140)
+    shape = (2, 140)
+    params = GridParams(torch.full(shape, 0.6), torch.full(shape, 2.0), torch.full(shape, 4.0))
+    code = torch.randint(0, 4, shape).float()
+    want = code.clone()
+    for j in range(140):
+        slope = ((want - 2) * 0.6 - W) @ H[:, j]
+        want[:, j] = torch.round(((want[:, j] - 2) * 0.6 - slope / H[j, j]) / 0.6 + 2).clamp(0, 3)
+    got = descend(W, H, code, params, None)
+    assert int((got != want).sum()) <= 1  # a tie may fall either way
+    assert int((got != code).sum()) > 50
