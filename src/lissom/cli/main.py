@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..core import LissomError, OutputError
+from ..core import FormatError, LissomError, OutputError
+from ..run.commands import add_commands
 from . import show
 
 app = typer.Typer(
@@ -77,7 +78,7 @@ def compress(
     with show.bar(quiet=json) as tick:
         result = run(
             model, out, recipe, overrides=overrides, resume=resume, spill=spill, tick=tick, command=command,
-            note=None if json else lambda text: show.err.print(text, style="dim"),
+            note=None if json else lambda text: show.err.print(text, style="dim", markup=False, soft_wrap=True),
         )  # fmt: skip
     page = write_report(out)
     if json:
@@ -87,8 +88,8 @@ def compress(
         f"{out}: {show.size(result['bytes'])}, {result['bits_per_weight']:.2f} bits per weight, "
         f"{result['sparsity']:.1%} zeros, in {show.duration(result['seconds'])}, peak memory {show.size(result['peak_rss_bytes'])}"
     )
-    show.out.print(f"report: {page}")
-    show.out.print(f"next:   lissom evaluate {out} --against {model}")
+    show.out.print(f"report: {page}", soft_wrap=True)
+    show.out.print(f"next:   lissom evaluate {out} --against {model}", soft_wrap=True)
 
 
 @app.command()
@@ -136,7 +137,7 @@ def plan(
         f"disk {show.size(est['disk_bytes'])}, result {show.size(est['size_bytes'])}"
     )
     for warning in made.warnings:
-        show.out.print(f"note: {warning}", style="yellow")
+        show.out.print(f"note: {warning}", style="yellow", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -210,6 +211,41 @@ def unpack(
 
 
 @app.command()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A .gguf file, or a directory for dense safetensors.")],
+    format: Annotated[str, typer.Option("--format", help="gguf or dense.")] = "gguf",
+    type: Annotated[str, typer.Option("--type", help="GGUF block type: auto, f16, q4_0, q4_1, q5_0 or q8_0.")] = "auto",
+    requantize: Annotated[
+        bool, typer.Option("--requantize", help="Allow rounding again where the block type cannot hold the codes.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Write MODEL for another engine: GGUF for llama.cpp, or dense safetensors."""
+    from ..export import export_gguf
+    from ..export import unpack as restore
+
+    if format not in ("gguf", "dense"):
+        raise FormatError(
+            f"unknown format {format!r}; choose gguf or dense (`lissom compress --format` writes the others)"
+        )
+    if out.exists():
+        raise OutputError(f"{out} exists; choose another name or remove it")
+    if format == "dense":
+        restore(model, out)
+        done: dict[str, Any] = {"out": str(out), "format": "dense"}
+    else:
+        made = export_gguf(
+            model, out, type, requantize, None if json else lambda text: show.err.print(text, style="dim")
+        )
+        done = {"out": str(out), "format": "gguf", "bytes": out.stat().st_size, "report": made}
+    if json:
+        show.emit(done, True)
+    else:
+        show.out.print(f"{out}: written")
+
+
+@app.command()
 def methods(json: Json = False) -> None:
     """List the methods: family, what they need, source."""
     from ..methods import METHODS
@@ -230,10 +266,10 @@ def methods(json: Json = False) -> None:
 
 @app.command()
 def recipes(json: Json = False) -> None:
-    """List the shipped recipes."""
-    from ..pipeline import read, shipped
+    """List the recipes that have a name: shipped ones, and methods with the usual numbers."""
+    from ..pipeline import names, read
 
-    rows = [{"name": name, "summary": read(name).summary, "file": str(path)} for name, path in shipped().items()]
+    rows = [{"name": name, "summary": read(name).summary} for name in names()]
     if json:
         show.emit(rows, True)
         return
@@ -252,7 +288,10 @@ def report(
     if json:
         show.emit({"report": str(page)}, True)
     else:
-        show.out.print(str(page))
+        show.out.print(str(page), soft_wrap=True)
+
+
+add_commands(app)
 
 
 def main() -> None:
@@ -262,8 +301,13 @@ def main() -> None:
     except LissomError as error:
         if "--json" in sys.argv:
             show.emit({"error": type(error).__name__, "message": str(error)}, True)
-        show.err.print(f"error: {error}", style="bold red", markup=False)
+        show.err.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if "--json" in sys.argv:
+            show.emit({"error": type(error).__name__, "message": str(error)}, True)
+        show.err.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
+        sys.exit(OutputError.exit_code)
     except KeyboardInterrupt:
         show.err.print("stopped; the same command goes on from the last finished block")
         sys.exit(130)

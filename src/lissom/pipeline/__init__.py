@@ -3,6 +3,6 @@
 from .compress import compress, plan
 from .look import inspect
 from .planning import Plan
-from .recipe import Recipe, read, shipped
+from .recipe import Recipe, names, read, shipped
 
-__all__ = ["Plan", "Recipe", "compress", "inspect", "plan", "read", "shipped"]
+__all__ = ["Plan", "Recipe", "compress", "inspect", "names", "plan", "read", "shipped"]

@@ -147,6 +147,31 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
+def implied(name: str) -> dict[str, Any] | None:
+    """The recipe that a method's own name stands for, where no file says more: the method with the field's usual numbers.
+
+    Pruning at 50%, quantization in 4 bits by groups of 128, allocations in front of SparseGPT at 70% (or GPTQ, for bits).
+    """
+    method = METHODS.get(name)
+    if method is None or method.kind not in ("solver", "allocation"):
+        return None
+    if method.kind == "allocation":
+        spender = {"use": "gptq", "bits": 4} if name == "bits" else {"use": "sparsegpt", "sparsity": 0.7}
+        if name == "nm-layers":
+            spender["pattern"] = "n:16"
+        steps, save = [{"use": name}, spender], "packed"
+    elif "zeros" in method.makes:
+        steps, save = [{"use": name, "sparsity": 0.5}], "dense"
+    else:
+        steps, save = [{"use": name, "bits": 4, "group_size": 128}], "dense" if "forms" in method.makes else "packed"
+    return {"name": name, "summary": f"{method.summary} ({method.source})", "steps": steps, "save": {"format": save}}
+
+
+def names() -> list[str]:
+    """Everything that ``--recipe`` takes by name: the shipped files, and methods that stand for themselves."""
+    return [*shipped(), *(name for name in METHODS if name not in shipped() and implied(name))]
+
+
 def suggest(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(sorted(known))})"
@@ -200,12 +225,14 @@ def _load(source: Any) -> tuple[str, Mapping[str, Any]]:
     if isinstance(source, Mapping):
         return str(source.get("name") or "recipe"), source
     if isinstance(source, str | Path):
-        known = shipped()
-        path = known.get(str(source)) or Path(source)
+        path = shipped().get(str(source)) or Path(source)
         if not path.is_file():
+            own = implied(str(source))
+            if own is not None:
+                return str(source), own
             if Path(source).suffix in (".yaml", ".yml"):
                 raise RecipeError(f"no recipe file {str(source)!r}")
-            raise RecipeError(f"no recipe {str(source)!r}{suggest(str(source), list(known))}")
+            raise RecipeError(f"no recipe {str(source)!r}{suggest(str(source), names())}")
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -397,6 +424,11 @@ def _check(recipe: Recipe) -> list[str]:
     c = recipe.calibration
     if c.samples < 1 or c.length < 2:
         out.append(f"calibration: samples ≥ 1 and length ≥ 2 are needed, not {c.samples} × {c.length}")
+    odd = [t.name for t in recipe.steps if "forms" in t.method.makes and t.constraint.bits != 16]
+    if odd and recipe.save.format != "dense":
+        out.append(
+            f"save: format {recipe.save.format} holds uniform integer grids, and {odd[0]} makes another form; use format dense"
+        )
     s = recipe.save
     if s.format not in FORMATS:
         out.append(f"save: unknown format {s.format!r}{suggest(s.format, FORMATS)}")

@@ -1,0 +1,165 @@
+"""Steps of kind ``training``: the finished model, still in parts, is trained as a whole and its parts are written again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core import CalibrationError, Codes, Solved
+from ..evaluate import fingerprint, load_text, tokenize, windows
+from ..export import StoredLayer
+from ..methods.heal.legal import Legal
+from ..models import Model
+from ..train import Batches, Latent, LoRA, Network, Training, held_out_loss, solved_of, train
+from .artefact import Artefact, LayerRecord
+from .recipe import Recipe, Step
+from .stream import LayerResult
+
+Tick = Callable[[str, int, int], None]
+
+
+def training_steps(recipe: Recipe) -> list[Step]:
+    return [s for s in recipe.steps if s.method.kind == "training"]
+
+
+@dataclass(frozen=True)
+class Healed:
+    """``records`` of all layers as written again; ``hidden``: final states of the sample ``ids``; ``history`` for the manifest."""
+
+    records: list[LayerRecord]
+    hidden: Tensor
+    history: list[dict[str, Any]]
+
+
+def heal(
+    folder: Path,
+    model: Model,
+    artefact: Artefact,
+    records: Sequence[LayerRecord],
+    step: Step,
+    data: str,
+    ids: Tensor,
+    tick: Tick | None = None,
+) -> Healed:
+    """Train the model whose parts ``artefact`` holds against the dense ``model``; ``data``: text, where the step names none.
+
+    The state lives in ``folder``: a killed training goes on from there, and one killed while the parts are written again
+    writes them all once more. ``ids`` (1, tokens): a sample to compare the reloaded artefact with.
+    """
+    config = step.config
+    tokens = tokenize(model.checkpoint.tokenizer(), load_text(config.data or data))
+    apart = config.held_out * config.length
+    if len(tokens) < apart + config.length + 1:
+        raise CalibrationError(
+            f"{step.name}: the text has {len(tokens)} tokens, {config.held_out} held-out windows and one batch need "
+            f"{apart + config.length + 1} of length {config.length}; use a longer text (data), or fewer and shorter windows"
+        )
+    judged = windows(tokens[-apart:], config.held_out, config.length)
+    batches = Batches(tokens[:-apart], config.length, config.batch, config.seed)
+    student, before = _student(model, artefact, records, config)
+    teacher = Network(model)
+
+    def loss(batch: Tensor) -> Tensor:
+        wants_hidden = config.hidden > 0
+        ours = student.forward(batch, hidden=wants_hidden)
+        with torch.no_grad():
+            theirs = teacher.forward(batch, hidden=wants_hidden) if config.objective().needs_teacher else None
+        return step.method.run(ours, theirs, batch, config)
+
+    settings = Training(
+        steps=config.steps, minutes=config.minutes, accumulate=config.accumulate, learning_rate=config.learning_rate,
+        warmup=config.warmup, evaluate_every=config.evaluate_every, precision=config.precision,
+        save_every=4 * config.evaluate_every,
+    )  # fmt: skip
+    state = train(
+        student.leaves(), loss, batches, settings, folder=folder,
+        held_out=lambda: held_out_loss(student, judged),
+        identity=json.dumps([asdict(config), fingerprint(tokens), _fingerprint(before)]),
+        tick=lambda done, total, row: tick("heal", done, total) if tick else None,
+    )  # fmt: skip
+    new = _write(student, artefact, records, before)
+    with torch.no_grad():
+        hidden = student.model.embed(ids, outer=student.outer)
+        for block in student.blocks:
+            hidden = block.forward(hidden)
+    history = [{k: None if v != v else v for k, v in row.items()} for row in state.history]
+    return Healed(new, hidden, history)
+
+
+def _student(
+    model: Model, artefact: Artefact, records: Sequence[LayerRecord], config: Any
+) -> tuple[Network, dict[str, StoredLayer]]:
+    """The model as its parts decode, with a form for everything that is trained, and the layers as they are stored."""
+    stored = {n: layer for i in range(model.blocks) for n, layer in artefact.read(i).items()}
+    by_name = {r.name: r for r in records}
+    student = Network(model)
+    student.outer |= {k: v for k, v in artefact.outer().items() if k in student.outer}
+    model.release()
+    for block in student.blocks:
+        linear = {layer.name for layer in block.linears}
+        artefact.settle(block)
+        for name in linear:
+            if name not in stored:
+                block.set_weight(name, block.weight(name).to(artefact.dtype).float())
+                continue
+            layer = stored[name]
+            block.set_weight(name, layer.weight)
+            mask = layer.mask if by_name[name].sparsity > 0 else None
+            legal = Legal(mask, layer.codes)
+            rank = min(config.rank, *layer.weight.shape)
+            seed = config.seed + len(student.forms)
+            student.forms[f"{name}.weight"] = (
+                LoRA(layer.weight, rank, 2.0 * rank, legal, seed) if rank else Latent(layer.weight.clone(), legal)
+            )
+        if config.norms:
+            rest = [k for k, v in block.parameters.items() if v.dim() == 1 and v.is_floating_point()]
+            student.forms |= {k: Latent(block.parameters[k].clone()) for k in rest}
+    return student, stored
+
+
+def _write(
+    student: Network, artefact: Artefact, records: Sequence[LayerRecord], before: Mapping[str, StoredLayer]
+) -> list[LayerRecord]:
+    """Encode every block again with what was trained; what the solvers found out about a layer stays in its record."""
+    old = {r.name: r for r in records}
+    forms = dict(student.forms)
+    student.settle()
+    out: list[LayerRecord] = []
+    for i, block in enumerate(student.blocks):
+        artefact.settle(block)
+        for layer in block.linears:
+            record, result = old[layer.name], None
+            form = forms.get(f"{layer.name}.weight")
+            if isinstance(form, Latent | LoRA):
+                solved = solved_of(form, _solved(before[layer.name], form.legal.mask))
+                result = LayerResult(layer, solved, record.pattern, 0.0, 0.0)
+            new, stored = artefact.layer(block, layer, result, record.cluster)
+            block.set_weight(layer.name, stored)
+            out.append(replace(record, sparsity=new.sparsity, bytes=new.bytes, checksum=new.checksum))
+        artefact.block(i, block)
+    return out
+
+
+def _solved(layer: StoredLayer, mask: Tensor | None) -> Solved:
+    codes: Codes | None = layer.codes
+    return Solved(layer.weight, codes, mask, torch.zeros(len(layer.weight)))
+
+
+def _fingerprint(layers: Mapping[str, StoredLayer]) -> str:
+    """Of what a training may not change: masks and grids."""
+    digest = hashlib.sha256()
+    for name in sorted(layers):
+        layer = layers[name]
+        digest.update(name.encode())
+        if layer.codes is not None:
+            digest.update(layer.codes.scale.numpy().tobytes())
+        if layer.mask is not None:
+            digest.update(layer.mask.numpy().tobytes())
+    return digest.hexdigest()[:16]
