@@ -6,7 +6,7 @@ Rounding goes by largest remainder: all down first, then, while the model keeps 
 largest remainder, of those whose move brings the mean nearer to the target, keeps one more (or less) of every M. What is
 left is at most half a step of the smallest layer that is free to move; layers of one size are never further than one step
 from their plan, small layers beside large ones may be, to take up what the large ones leave.
-Use it with a recipe step ``pattern: "N:16"``. Ours; the real-valued plan is any other allocation (``plan``).
+Use it with a recipe step ``pattern: "n:16"``. Ours; the real-valued plan is any other allocation (``plan``).
 """
 
 from __future__ import annotations
