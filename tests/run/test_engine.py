@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from lissom.core import CheckpointError, Codes, Grid
 from lissom.kernels import isa
 from lissom.models import Model, open_checkpoint
-from lissom.run.engine import ContextError, Engine
+from lissom.run.engine import ContextError, Engine, int8
 from tiny import tiny_model
 
 pytestmark = pytest.mark.skipif(isa() == "torch", reason="needs the C++ extension")
@@ -100,6 +100,18 @@ def test_codes_are_packed_as_they_are(llama):
             block.set_weight(linear.name, kept[linear.name])
         h = block.forward(h)
     assert divergence(model.head(h)[0].detach(), engine.step(ids, want="all")) < 3e-3
+
+
+def test_int8_rounding_is_to_the_nearest():
+    generator = torch.Generator().manual_seed(0)
+    for rows, columns in ((64, 128), (65, 96), (66, 50)):
+        weight = torch.randn(rows, columns, generator=generator)
+        weight[0] = 0
+        codes = int8(weight)
+        best = Codes.round(weight, Grid(8, codes.group_size, symmetric=True).fit_all(weight), 8, codes.group_size)
+        error, bound = (codes.decode() - weight).abs(), codes.scale.repeat_interleave(codes.group_size, 1)[:, :columns]
+        assert bool((error <= bound * 0.5 + bound * 127 * 2**-11).all())  # half a step; clipping by a rounded scale
+        assert float(error.square().mean()) <= 1.05 * float((best.decode() - weight).square().mean())
 
 
 def test_the_cache_is_shared_and_given_back(llama):

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..core import CheckpointError, Codes, Grid, LissomError
+from ..core import CheckpointError, Codes, LissomError, NumericalError
 from ..core.grid import spread_groups
 from ..export import open_model
 from ..kernels import Packed, extension
@@ -39,10 +40,20 @@ Compress = Callable[[str, Tensor], tuple[Codes, Tensor | None]]
 
 
 def int8(weight: Tensor) -> Codes:
-    """Round to nearest on the finest int8 grid that the kernels read well."""
-    columns = weight.shape[1]
+    """Round to nearest on the finest symmetric int8 grid that the kernels read well.
+
+    The grid of ``Grid(8, symmetric=True)`` up to the rounding of scales, in a few passes over the weights: loading waits
+    for it.
+    """
+    rows, columns = weight.shape
     group = 64 if columns % 64 == 0 else 32 if columns % 32 == 0 else columns
-    return Codes.round(weight, Grid(8, group, symmetric=True).fit_all(weight), 8, group)
+    blocks = weight.reshape(rows, -1, group)
+    scale = (torch.linalg.vector_norm(blocks, float("inf"), dim=2) / 127).half().float()
+    inverse = torch.where(scale > 0, 1 / scale, 0.0)
+    if not bool(torch.isfinite(scale).all()):
+        raise NumericalError("weights above 65504 · 127 or not finite cannot be rounded to int8")
+    values = (blocks * inverse[..., None]).round_().clamp_(-127, 127).add_(128).to(torch.uint8)
+    return Codes(values.reshape(rows, columns), scale, torch.full_like(scale, 128.0), 8, group)
 
 
 @dataclass
