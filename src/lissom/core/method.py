@@ -21,6 +21,11 @@ class Method:
                    (one dict for each name of each problem, in order)
     ``block``      ``run(problem: BlockProblem, config) -> dict[str, Solved]``, after a block's layers were solved:
                    sees the whole block with its dense inputs and outputs; keeps masks and grids
+    ``training``   ``run(student: Outputs, teacher: Outputs | None, ids, config) -> Tensor``: the loss of one batch, by which
+                   the pipeline trains the finished model on its masks and grids
+    ``units``      ``run(problem: UnitProblem, config) -> Tensor``: scores of the heads or neurons of one block, before
+                   anything else; ``keep_heads`` and ``keep_neurons`` of the config say how many remain
+    ``blocks``     ``run(influences: list[float], config) -> list[int]``: the blocks that remain
     ``transform``  ``run(model, context, config) -> model``: rewrites or trains the whole model
     =============  ==========================================================================
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..core import FormatError, OutputError
@@ -65,6 +66,11 @@ class ArtefactWriter:
         self._parts[part] = path
         self._holder |= dict.fromkeys(tensors, part)
         return size
+
+    def read(self, part: str) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+        """The tensors and the codec entries of a finished part."""
+        file = self._parts[part]
+        return load_file(file), json.loads(read_metadata(file).get(_LAYERS, "{}"))
 
     def entries(self) -> dict[str, dict[str, Any]]:
         """The codec entries of all layers written so far, in the order of the parts."""

@@ -1,9 +1,10 @@
 """One training loop, the forms that trained weights take, and what they are trained on."""
 
+from ..methods.heal.objective import Objective
 from .batches import Batches, Mixture, reweighted
 from .forms import Form, Gated, HardConcrete, Latent, LoRA, solved_of
 from .loop import State, Training, train
-from .objective import Objective, cache_teacher, held_out_loss, loss_against, loss_against_cache
+from .objective import cache_teacher, held_out_loss, loss_against, loss_against_cache
 from .ranks import Ranks
 from .student import Network, Output
 

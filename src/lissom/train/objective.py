@@ -1,10 +1,8 @@
-"""What a student is trained on: a weighted sum of losses against text and a teacher."""
+"""What a student is trained on: text, a teacher that runs along, or one whose answers are on disk."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,35 +12,9 @@ from torch import Tensor
 
 from ..core import CalibrationError
 from ..methods.heal import losses
+from ..methods.heal.objective import Objective, compare
 from .batches import Batches
-from .student import Network, Output
-
-
-@dataclass(frozen=True)
-class Objective:
-    """Weights of the terms: ``text`` next-token loss, ``logits`` divergence of ``kind`` at ``temperature``, ``hidden``
-    ``distance`` of hidden states, ``attention`` KL of attention maps of the last block, ``relations`` KL of its query, key
-    and value relations. Teacher layers are spread evenly over the student's."""
-
-    text: float = 0.0
-    logits: float = 1.0
-    kind: losses.Divergence = "forward"
-    temperature: float = 1.0
-    hidden: float = 0.0
-    distance: losses.Distance = "normalised"
-    attention: float = 0.0
-    relations: float = 0.0
-
-    def __post_init__(self) -> None:
-        weights = (self.text, self.logits, self.hidden, self.attention, self.relations)
-        if min(weights) < 0 or not any(weights):
-            raise ValueError("the weights of the losses must not be negative, and one must be positive")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be positive, not {self.temperature}")
-
-    @property
-    def needs_teacher(self) -> bool:
-        return any((self.logits, self.hidden, self.attention, self.relations))
+from .student import Network
 
 
 def loss_against(student: Network, teacher: Network | None, config: Objective) -> Callable[[Tensor], Tensor]:
@@ -58,42 +30,13 @@ def loss_against(student: Network, teacher: Network | None, config: Objective) -
     def loss(ids: Tensor) -> Tensor:
         inner, qkv = config.hidden > 0, config.attention > 0 or config.relations > 0
         ours = student.forward(ids, hidden=inner, qkv=qkv)
-        total = ours.logits.new_zeros(())
-        if config.text:
-            total = total + config.text * losses.next_token(ours.logits, ids)
         if teacher is None or not config.needs_teacher:
-            return total
+            return compare(ours, None, ids, config)
         with torch.no_grad():
             theirs = teacher.forward(ids, hidden=inner, qkv=qkv)
-        return total + _compare(ours, theirs, config)
+        return compare(ours, theirs, ids, config)
 
     return loss
-
-
-def _compare(ours: Output, theirs: Output, config: Objective) -> Tensor:
-    total = ours.logits.new_zeros(())
-    if config.logits:
-        value = losses.divergence(ours.logits, theirs.logits, config.kind, config.temperature)
-        total = total + config.logits * value
-    if config.hidden:
-        layers = losses.uniform_map(len(ours.hidden), len(theirs.hidden))
-        total = total + config.hidden * losses.hidden(ours.hidden, theirs.hidden, layers, config.distance)
-    if config.attention:
-        total = total + config.attention * losses.attention(attention_map(ours), attention_map(theirs))
-    if config.relations:
-        heads = math.gcd(ours.qkv[-1][1].shape[1], theirs.qkv[-1][1].shape[1])
-        terms = [losses.relations(a, b, heads) for a, b in zip(ours.qkv[-1], theirs.qkv[-1], strict=True)]
-        total = total + config.relations * torch.stack(terms).mean()
-    return total
-
-
-def attention_map(output: Output) -> Tensor:
-    """Causal attention of the last block by content alone (no positions), mean over heads: (batch, 1, tokens, tokens)."""
-    q, k, _ = output.qkv[-1]
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-    return scores.masked_fill(later, -math.inf).softmax(-1).mean(1, keepdim=True)
 
 
 @torch.no_grad()

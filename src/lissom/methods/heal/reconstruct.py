@@ -35,9 +35,9 @@ class Reconstruct:
     """``epochs`` over the samples; ``batch`` samples a step; ``learning_rate`` of Adam at its peak (after ``warmup`` of all
     steps; then cosine to zero); ``inputs`` compressed|dense|both; ``held_back`` fraction of samples; ``seed`` of the order."""
 
-    epochs: int = 8
+    epochs: int = 4
     batch: int = 1
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
     warmup: float = 0.1
     inputs: Literal["compressed", "dense", "both"] = "compressed"
     held_back: float = 0.125

@@ -1,0 +1,69 @@
+"""Healing by distillation: the whole compressed model trained against the dense one, on its masks and grids.
+
+    minimise over θ   a · next token  +  b · T² KL(dense ‖ student)  +  c · hidden states
+
+Sparse weights stay on their mask, quantized ones on their grid with fixed scales, trained straight-through; so the
+artefact keeps its format and its size. ``rank`` > 0 trains a low-rank update (LoRA) instead of every kept weight: less
+memory for the optimiser, weaker. Norms and biases are trained along (``norms``).
+Source: Hinton et al. 2015 (arXiv 1503.02531); after pruning: arXiv 2310.06694 §3; straight-through: arXiv 1308.3432.
+Costs about 4 forward passes of the whole model a token, and memory for 2 models, 2 moments and the best weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from .losses import Distance, Divergence
+from .objective import Objective, Outputs, compare
+
+
+@dataclass(frozen=True)
+class Heal:
+    """``steps`` of ``batch`` windows of ``length`` tokens, or ``minutes`` if they end first. ``data``: text to train on, a file
+    or a name; empty: that of the calibration. ``held_out`` windows of its end are kept apart and choose the best state."""
+
+    steps: int = 500
+    minutes: float | None = None
+    batch: int = 8
+    length: int = 256
+    accumulate: int = 1
+    learning_rate: float = 2e-4
+    warmup: float = 0.05
+    data: str = ""
+    held_out: int = 8
+    evaluate_every: int = 50
+    text: float = 0.0
+    logits: float = 1.0
+    kind: Divergence = "forward"
+    temperature: float = 1.0
+    hidden: float = 0.0
+    distance: Distance = "normalised"
+    rank: int = 0
+    norms: bool = True
+    precision: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.batch, self.accumulate, self.evaluate_every, self.held_out) < 1 or self.length < 2:
+            raise ValueError(
+                "steps, batch, accumulate, held_out and evaluate_every must be at least 1, length at least 2"
+            )
+        if self.learning_rate <= 0 or not 0 <= self.warmup < 1 or self.rank < 0:
+            raise ValueError("learning_rate must be positive, warmup in [0, 1), rank at least 0")
+        if self.minutes is not None and self.minutes <= 0:
+            raise ValueError(f"minutes must be positive, not {self.minutes}")
+        self.objective()
+
+    def objective(self) -> Objective:
+        return Objective(
+            text=self.text, logits=self.logits, kind=self.kind, temperature=self.temperature, hidden=self.hidden,
+            distance=self.distance,
+        )  # fmt: skip
+
+
+def heal(ours: Outputs, theirs: Outputs | None, ids: Tensor, config: Heal) -> Tensor:
+    """The loss of one batch of ``ids`` (sequences, tokens)."""
+    return compare(ours, theirs, ids, config.objective())
