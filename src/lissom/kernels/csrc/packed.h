@@ -28,6 +28,7 @@
 namespace lissom {
 
 enum Kind : int32_t { D2 = 2, D3 = 3, D4 = 4, D8 = 8, NM4 = 104, NM8 = 108, N24 = 124 };
+// Functions here are static: this header is compiled with several instruction sets, and copies must not mix.
 constexpr int ROWS = 16;      // rows of a strip
 constexpr int POSITIONS = 32; // cached positions of a block of the KV cache
 
@@ -71,7 +72,7 @@ const Ops *ops_portable();
 const Ops *ops_avx2();  // null when the compiler or target has none
 const Ops *best_ops();  // by the features of this CPU; LISSOM_ISA=portable overrides
 
-inline int payload_bytes(Kind kind, int G, int N) {
+static inline int payload_bytes(Kind kind, int G, int N) {
     switch (kind) {
     case D2: return G * ROWS / 4;
     case D3: return G * ROWS * 3 / 8;
@@ -84,7 +85,7 @@ inline int payload_bytes(Kind kind, int G, int N) {
     return 0;
 }
 
-inline float half_to_float(uint16_t h) {
+static inline float half_to_float(uint16_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000) << 16, e = (h >> 10) & 31, m = h & 1023, bits;
     if (e == 0) { // zero or subnormal: m * 2^-24 is exact
         float f = (float)m * 5.9604644775390625e-8f;
@@ -96,7 +97,7 @@ inline float half_to_float(uint16_t h) {
     return f;
 }
 
-inline uint16_t float_to_half(float f) { // round to nearest even, overflow to infinity
+static inline uint16_t float_to_half(float f) { // round to nearest even, overflow to infinity
     uint32_t x;
     __builtin_memcpy(&x, &f, 4);
     uint32_t sign = (x >> 16) & 0x8000, a = x & 0x7fffffffu;
