@@ -64,8 +64,10 @@ def forked(function: Callable[..., Any], *arguments: Any, limit: int = 0) -> Any
 def own_memory() -> tuple[int, int]:
     """Resident and private bytes of this process."""
     with open("/proc/self/status") as file:
-        found = {line.split(":")[0]: line.split()[1] for line in file}
-    return int(found["VmRSS"]) * 1024, int(found["VmData"]) * 1024
+        found = {
+            line.split(":")[0]: int(line.split()[1]) * 1024 for line in file if line.startswith(("VmRSS", "VmData"))
+        }
+    return found["VmRSS"], found["VmData"]
 
 
 def run_dense(folder: Path) -> None:

@@ -52,7 +52,7 @@ def naive(source, kind, ids, method, config, constraint):
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize(
     "recipe, constraint",
-    [("sparsegpt", Sparse(0.6, "layer")), ("wanda", Sparse(0.6, "row"))],
+    [("sparsegpt", Sparse(0.6, "layer")), ("wanda", Sparse(0.6, "row")), ("magnitude", Sparse(0.6, "layer"))],
 )
 def test_inputs_include_the_compression_of_everything_before(
     random_checkpoint, tmp_path, kind, recipe, constraint, spill
