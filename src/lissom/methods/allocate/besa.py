@@ -68,13 +68,14 @@ def learn_rates(
     # start at the rate nearest to the target, softly
     logits = (-((p - target) / config.spread).square()).repeat(len(errors), 1).requires_grad_()
     adam = torch.optim.Adam([logits], lr=config.rate)
-    for _ in range(config.steps):
-        beta = logits.softmax(1)
-        mean = (share * (beta @ p)).sum()
-        loss = (beta * e).sum() + config.penalty * ((mean - target) / config.spread).square()
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
+    with torch.enable_grad():  # a run as a whole keeps no gradients
+        for _ in range(config.steps):
+            beta = logits.softmax(1)
+            mean = (share * (beta @ p)).sum()
+            loss = (beta * e).sum() + config.penalty * ((mean - target) / config.spread).square()
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
     return [float(a) for a in logits.detach().softmax(1) @ p]
 
 
