@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from torch import Tensor
+
 from ...core import Both, Problem, Sparse, Stack, sweep
 
 Estimate = Literal["A", "B", "C"]
@@ -49,11 +51,18 @@ def layer_losses(
                 else:
                     total = 0.0
                     for block in E.split(_COLUMNS, 1):
-                        drop = round(target * block.numel())
-                        flat = block.reshape(-1)
-                        total += float(flat.topk(drop, largest=False, sorted=False).values.sum()) if drop else 0.0
+                        total += _smallest(block.reshape(-1), round(target * block.numel()))
             total /= (rows.stop - rows.start) * columns
             if energy is not None:
                 total /= max(float(energy[rows].sum()) / ((rows.stop - rows.start) * columns), 1e-30)
             out.append(total)
     return out
+
+
+def _smallest(x: Tensor, count: int) -> float:
+    """Sum of the ``count`` smallest entries; by threshold, which is several times faster than sorting."""
+    if not count:
+        return 0.0
+    threshold = x.kthvalue(count).values
+    below = x < threshold
+    return float(x[below].sum() + threshold * (count - below.sum()))
