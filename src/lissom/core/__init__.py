@@ -35,6 +35,7 @@ from .stored import (
     stored_bits,
 )
 from .sweep import sweep
+from .units import UnitProblem, Units
 
 __all__ = [
     "NM",
@@ -78,6 +79,8 @@ __all__ = [
     "Stats",
     "Stored",
     "TwoLevel",
+    "UnitProblem",
+    "Units",
     "both",
     "damped",
     "factorise",

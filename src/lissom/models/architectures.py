@@ -65,6 +65,8 @@ class Architecture:
     position: Literal["rotary", "learned", "alibi"] = "rotary"
     window: Literal["none", "all", "types"] = "none"  # sliding window: no layer, all, or as config.layer_types says
     rope_by_type: bool = False
+    free_heads: bool = False  # the config has a head size of its own, so the number of heads may change
+    branch_biases: tuple[str, ...] = ()  # config switches that give attention and MLP biases where they have none
     attention_cap: str | None = None
     query_scale: str | None = None  # config attribute s: scores are divided by √s instead of √head_dim
     scale_by_layer: bool | str = False
@@ -99,15 +101,18 @@ _GEMMA: dict[str, Any] = {
     "head_cap": "final_logit_softcapping",
     "activation": "hidden_activation",
     "embed_scale": True,
+    "free_heads": True,
 }
 _QK: dict[str, Any] = {"norm_q": "self_attn.q_norm", "norm_k": "self_attn.k_norm", "qk_norm": True}
 
 ARCHITECTURES: tuple[Architecture, ...] = (
-    Architecture("llama", ("llama",)),  # also SmolLM, TinyLlama, Yi
-    Architecture("mistral", ("mistral",), window="all"),
-    Architecture("qwen2", ("qwen2",), window="types"),
-    Architecture("qwen3", ("qwen3",), window="types", **_QK),
-    Architecture("smollm3", ("smollm3",), window="types"),
+    Architecture(  # also SmolLM, TinyLlama, Yi
+        "llama", ("llama",), free_heads=True, branch_biases=("attention_bias", "mlp_bias")
+    ),
+    Architecture("mistral", ("mistral",), window="all", free_heads=True),
+    Architecture("qwen2", ("qwen2",), window="types", free_heads=True),
+    Architecture("qwen3", ("qwen3",), window="types", free_heads=True, **_QK),
+    Architecture("smollm3", ("smollm3",), window="types", free_heads=True),
     Architecture("gemma2", ("gemma2",), **_GEMMA),
     Architecture("gemma3", ("gemma3_text",), rope_by_type=True, **_GEMMA, **_QK),
     Architecture(
@@ -116,6 +121,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         attention=(("qkv", "self_attn.qkv_proj"),),
         mlp=(("gate_up", "mlp.gate_up_proj"),),
         window="all",
+        free_heads=True,
     ),
     Architecture(
         "phi",
@@ -131,6 +137,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         norm_k="self_attn.k_layernorm",
         qk_norm="qk_layernorm",
         parallel=True,
+        free_heads=True,
     ),
     Architecture(
         "opt",

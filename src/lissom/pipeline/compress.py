@@ -29,13 +29,14 @@ from ..models import Block, Linear, Model
 from . import gradients
 from . import recipe as recipes
 from .allocate import Budgets, budgets_for, needs_held_out
-from .artefact import Artefact, LayerRecord
+from .artefact import Artefact, LayerRecord, artefact_dtype
 from .blockwise import block_steps, work_on_block
 from .data import CalibrationSet, embed, load_calibration
 from .healing import heal, training_steps
 from .planning import Plan, make_plan
 from .recipe import Step
 from .stream import LayerResult, Spill, solve_stage, stream_block
+from .structured import planned_model, smaller_model
 from .verify import verify
 
 _ERROR_SAMPLES = 4  # samples for the reported errors of methods that need no data themselves
@@ -47,7 +48,8 @@ def plan(
     source: str | Path, recipe: Any = "aggressive", *, overrides: Sequence[str] = (), out: str | Path | None = None
 ) -> Plan:
     """Resolve a recipe against a model without touching weights. Raises ``RecipeError`` with all mistakes."""
-    return make_plan(Model(open_model(source)), recipes.read(recipe, overrides), Path(out) if out else None)
+    checked = recipes.read(recipe, overrides)
+    return make_plan(planned_model(Model(open_model(source)), checked), checked, Path(out) if out else None)
 
 
 @torch.no_grad()
@@ -77,8 +79,8 @@ def compress(
     _writable(target)
     checked = recipes.read(recipe, overrides)
     checkpoint = open_model(source)
-    model = Model(checkpoint)
-    made = make_plan(model, checked, target)
+    dense = model = Model(checkpoint)
+    made = make_plan(planned_model(model, checked), checked, target)
     data = load_calibration(checkpoint.tokenizer(), checked.calibration, model.config.vocab_size, needs_held_out(made))
     if not any(step.method.needs for step in checked.steps):
         data = replace(data, ids=data.ids[:_ERROR_SAMPLES])
@@ -96,6 +98,12 @@ def compress(
         model.check_weights()  # minutes before hours of work
     _start(work, identity, resume, note)
     stages: dict[str, float] = {}
+
+    clock = time.perf_counter()
+    model, removed = smaller_model(
+        dense, checked, data.ids, work / "smaller", artefact_dtype(dense, checked.save.dtype), tick
+    )
+    stages["structured"] = time.perf_counter() - clock
 
     clock = time.perf_counter()
     budgets, allocation = _budgets(work, model, made, data, tick)
@@ -116,7 +124,9 @@ def compress(
     healing: dict[str, Any] = {}
     for step in training_steps(checked):
         clock = time.perf_counter()
-        healed = heal(work / "training", model, artefact, records, step, checked.calibration.data, data.ids[:1], tick)
+        healed = heal(
+            work / "training", model, dense, artefact, records, step, checked.calibration.data, data.ids[:1], tick
+        )
         records, sample, healing[step.name] = healed.records, healed.hidden, healed.history
         stages[step.name] = time.perf_counter() - clock
 
@@ -130,6 +140,7 @@ def compress(
         "warnings": list(made.warnings),
         "calibration": identity["calibration"],
         "allocation": allocation,
+        "structured": removed,
         "healing": healing,
         "layers": [asdict(r) for r in records],
         "dense_bytes": checkpoint.bytes,
@@ -143,7 +154,7 @@ def compress(
         "bits_per_weight": 8 * size / model.parameters_count,
         "linear_bits_per_weight": 8 * sum(r.bytes for r in records) / max(linear, 1),
         "sparsity": sum(r.sparsity * r.weights for r in records) / max(linear, 1),
-        "bytes_before": _bytes_before(model, checkpoint.bytes),
+        "bytes_before": _bytes_before(dense, checkpoint.bytes),
         "bytes_after": _bytes_after(records, size),
     }
     stages["save"] = time.perf_counter() - clock
@@ -167,7 +178,8 @@ def compress(
         *work.glob("gradients-*.safetensors"),
     ):
         leftover.unlink(missing_ok=True)
-    shutil.rmtree(work / "training", ignore_errors=True)
+    for folder in ("training", "smaller"):
+        shutil.rmtree(work / folder, ignore_errors=True)
     os.replace(work, target)
     return manifest | timings | {"out": str(target)}
 

@@ -41,6 +41,7 @@ class Healed:
 def heal(
     folder: Path,
     model: Model,
+    dense: Model,
     artefact: Artefact,
     records: Sequence[LayerRecord],
     step: Step,
@@ -48,7 +49,8 @@ def heal(
     ids: Tensor,
     tick: Tick | None = None,
 ) -> Healed:
-    """Train the model whose parts ``artefact`` holds against the dense ``model``; ``data``: text, where the step names none.
+    """Train the model whose parts ``artefact`` holds against ``dense``; ``data``: text, where the step names none.
+    Where ``dense`` is larger than ``model`` (structured steps came before), every layer is trained, else the solved ones.
 
     The state lives in ``folder``: a killed training goes on from there, and one killed while the parts are written again
     writes them all once more. ``ids`` (1, tokens): a sample to compare the reloaded artefact with.
@@ -63,8 +65,8 @@ def heal(
         )
     judged = windows(tokens[-apart:], config.held_out, config.length)
     batches = Batches(tokens[:-apart], config.length, config.batch, config.seed)
-    student, before = _student(model, artefact, records, config)
-    teacher = Network(model)
+    student, before = _student(model, artefact, records, config, everything=dense is not model)
+    teacher = Network(dense)
 
     def loss(batch: Tensor) -> Tensor:
         wants_hidden = config.hidden > 0
@@ -94,7 +96,7 @@ def heal(
 
 
 def _student(
-    model: Model, artefact: Artefact, records: Sequence[LayerRecord], config: Any
+    model: Model, artefact: Artefact, records: Sequence[LayerRecord], config: Any, everything: bool
 ) -> tuple[Network, dict[str, StoredLayer]]:
     """The model as its parts decode, with a form for everything that is trained, and the layers as they are stored."""
     stored = {n: layer for i in range(model.blocks) for n, layer in artefact.read(i).items()}
@@ -108,8 +110,9 @@ def _student(
         for name in linear:
             if name not in stored:
                 block.set_weight(name, block.weight(name).to(artefact.dtype).float())
-                continue
-            layer = stored[name]
+                if not everything:
+                    continue
+            layer = stored.get(name) or StoredLayer(None, None, "dense", block.weight(name))
             block.set_weight(name, layer.weight)
             mask = layer.mask if by_name[name].sparsity > 0 else None
             legal = Legal(mask, layer.codes)
@@ -137,7 +140,7 @@ def _write(
         for layer in block.linears:
             record, result = old[layer.name], None
             form = forms.get(f"{layer.name}.weight")
-            if isinstance(form, Latent | LoRA):
+            if isinstance(form, Latent | LoRA) and layer.name in before:
                 solved = solved_of(form, _solved(before[layer.name], form.legal.mask))
                 result = LayerResult(layer, solved, record.pattern, 0.0, 0.0)
             new, stored = artefact.layer(block, layer, result, record.cluster)

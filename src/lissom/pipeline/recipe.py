@@ -370,7 +370,11 @@ def _check(recipe: Recipe) -> list[str]:
         if step.method.kind == "allocation":
             pending = step
             continue
-        if step.method.kind in ("block", "training") and not any(s.method.kind == "solver" for s in recipe.steps[:i]):
+        kinds = {s.method.kind for s in recipe.steps[:i]}
+        if step.method.kind in ("units", "blocks") and kinds - {"units", "blocks"}:
+            out.append(f"{where}: {step.name} makes the model smaller; it must come before every other kind of step")
+        mendable = {"solver"} if step.method.kind == "block" else {"solver", "units", "blocks"}
+        if step.method.kind in ("block", "training") and not kinds & mendable:
             out.append(f"{where}: {step.name} works on solved layers; put a pruning or quantization step before it")
         if step.method.kind == "block" and any(s.method.kind == "solver" for s in recipe.steps[i:]):
             out.append(f"{where}: {step.name} works on whole blocks; put it after every pruning and quantization step")

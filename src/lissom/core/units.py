@@ -1,0 +1,55 @@
+"""Removable units of a block: everything that must go together, so that what remains is an ordinary smaller block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .stats import Stats
+
+
+@dataclass(frozen=True)
+class Units:
+    """All units of one ``kind`` ("heads": a KV group with its query heads; "neurons": of the MLP) in one block.
+
+    ``rows``: layer name → (units, k) outputs of that layer that belong to each unit, with their biases; ``columns``: layer
+    name → (units, k) inputs. ``size``: weights that one unit takes away. Indices are into weights (out, in).
+    """
+
+    kind: str
+    rows: Mapping[str, Tensor]
+    columns: Mapping[str, Tensor]
+    size: int
+
+    @property
+    def count(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def reduce(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Sum over each unit of the entries of ``values`` (layer name → (out, in)), (units,). Missing layers add nothing."""
+        total = torch.zeros(self.count)
+        for name, index in self.rows.items():
+            if name in values:
+                total += values[name].sum(1)[index].sum(1)
+        for name, index in self.columns.items():
+            if name in values:
+                total += values[name].sum(0)[index].sum(1)
+        return total
+
+
+@dataclass(frozen=True)
+class UnitProblem:
+    """What a structured method knows of one kind of units of one block.
+
+    ``weights``: layer name → (out, in) fp32. ``inputs``: statistics of the inputs of the layers in ``units.columns``.
+    ``gradients``: layer name → (samples, out, in), of the loss of each sample; empty unless the method needs them.
+    """
+
+    units: Units
+    weights: Mapping[str, Tensor]
+    inputs: Mapping[str, Stats] = field(default_factory=dict)
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)
+    block: int = 0
