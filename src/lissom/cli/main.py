@@ -159,7 +159,7 @@ def inspect(model: Model, json: Json = False) -> None:
 @app.command()
 def evaluate(
     model: Model,
-    data: Annotated[str, typer.Option("--data", help="Evaluation text: a file or a name.")] = "builtin",
+    data: Annotated[str, typer.Option("--data", help="Evaluation text: a file or a name.")] = "builtin-heldout",
     length: Annotated[int, typer.Option("--length", help="Tokens per window.")] = 1024,
     windows: Annotated[int, typer.Option("--windows", help="Windows; 0 means the whole text.")] = 16,
     against: Annotated[str | None, typer.Option("--against", help="A dense model: adds KL and agreement.")] = None,
@@ -308,9 +308,10 @@ def main() -> None:
             show.emit({"error": type(error).__name__, "message": str(error)}, True)
         show.err.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
         sys.exit(OutputError.exit_code)
-    except KeyboardInterrupt:
-        show.err.print("stopped; the same command goes on from the last finished block")
-        sys.exit(130)
+    except SystemExit as ended:  # typer turns Ctrl-C into exit code 130
+        if ended.code == 130:
+            show.err.print("stopped; the same command goes on from the last finished block", soft_wrap=True)
+        raise
 
 
 if __name__ == "__main__":
