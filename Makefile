@@ -19,7 +19,7 @@ setup: .venv/.ready
 demo: setup
 	rm -rf demo-out
 	$(BIN)/lissom compress demo demo-out --recipe aggressive --calibration builtin --samples 32 --length 512
-	$(BIN)/lissom evaluate demo-out --against demo --data builtin --length 512 --windows 8
+	$(BIN)/lissom evaluate demo-out --against demo --data builtin-heldout --length 512 --windows 8
 	$(BIN)/lissom report demo-out
 
 test: setup

@@ -29,7 +29,7 @@ print(f"{'recipe':12} {'MB':>8} {'zeros':>7} {'perplexity':>11} {'KL':>7}")
 for name, recipe in RECIPES.items():
     out = FOLDER / name
     made = lissom.compress(MODEL, out, recipe)
-    seen = lissom.evaluate(out, "builtin", length=64, count=8, against=MODEL)
+    seen = lissom.evaluate(out, "builtin-heldout", length=64, count=8, against=MODEL)
     lissom.write_report(out)
     print(
         f"{name:12} {made['bytes'] / 1e6:8.2f} {made['sparsity']:7.1%} {seen['perplexity']:11.2f} {seen['kl']:7.3f}"

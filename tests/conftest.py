@@ -20,6 +20,7 @@ def shared_folder(tmp_path_factory, worker_id):
 def trained(shared_folder):
     """Directory of a llama of 4 blocks, width 64, trained for a few seconds on ``tiny.corpus()``. Do not write into it."""
     from filelock import FileLock
+
     from tiny import trained_tiny
 
     path = shared_folder / "trained"

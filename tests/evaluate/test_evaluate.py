@@ -105,7 +105,9 @@ def test_windows_do_not_overlap_and_samples_repeat():
 
 
 def test_builtin_text_is_there_on_every_machine():
-    assert len(load_text("builtin")) > 400_000
+    train, held_out = load_text("builtin"), load_text("builtin-heldout")
+    assert len(train) > 250_000 and len(held_out) > 30_000
+    assert held_out[:500] not in train
 
 
 def test_other_vocabularies_and_models_without_a_head_are_refused(trained, random_checkpoint, text):

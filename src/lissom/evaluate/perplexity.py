@@ -87,7 +87,7 @@ def _compare(model: Model, dense: Model, h: Tensor, g: Tensor) -> tuple[float, i
 @torch.no_grad()
 def evaluate(
     source: str | Path,
-    data: str = "builtin",
+    data: str = "builtin-heldout",
     length: int = 1024,
     count: int | None = 16,
     against: str | Path | None = None,

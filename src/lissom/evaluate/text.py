@@ -13,10 +13,15 @@ from torch import Tensor
 from ..core import CalibrationError
 
 
-def _builtin() -> str:
-    from pydoc_data.topics import topics
+def _builtin(held_out: bool) -> Callable[[], str]:
+    """Python's own help topics: four of five to calibrate on, every fifth held out, so that the two never overlap."""
 
-    return "\n\n".join(topics[key] for key in sorted(topics))
+    def load() -> str:
+        from pydoc_data.topics import topics
+
+        return "\n\n".join(topics[key] for i, key in enumerate(sorted(topics)) if (i % 5 == 1) == held_out)
+
+    return load
 
 
 def _hub(path: str, config: str | None, split: str, field: str, joiner: str, limit: int | None = None):
@@ -45,7 +50,8 @@ def _hub(path: str, config: str | None, split: str, field: str, joiner: str, lim
 
 
 NAMED: dict[str, Callable[[], str]] = {
-    "builtin": _builtin,
+    "builtin": _builtin(held_out=False),
+    "builtin-heldout": _builtin(held_out=True),
     "wikitext2": _hub("Salesforce/wikitext", "wikitext-2-raw-v1", "test", "text", "\n\n"),
     "wikitext2-train": _hub("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text", "\n\n"),
     "wikitext2-valid": _hub("Salesforce/wikitext", "wikitext-2-raw-v1", "validation", "text", "\n\n"),
