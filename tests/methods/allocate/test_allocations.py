@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lissom.core import Both, LayerSummary, Problem, RecipeError, Stack, Stats
 from lissom.methods.allocate import METHODS
+from lissom.methods.allocate.atp import ATP, atp
 from lissom.methods.allocate.budget import meet
 from lissom.methods.allocate.equal_marginal import EqualMarginal, equal_marginal
 from lissom.methods.allocate.estimates import layer_losses
@@ -128,5 +129,14 @@ def test_owl_counts_outliers_over_the_whole_block():
     assert len(found) == 4 and all(f["outlier_ratio"] == pytest.approx(expected) for f in found)
 
 
+def test_atp_by_hand():
+    rows = layers([1.0] * 5, sizes=[10] * 5)
+    budget = atp(rows, 0.7, ATP(spread=0.2))
+    assert [budget.values[f"l{i}"] for i in range(5)] == pytest.approx([0.6, 0.65, 0.7, 0.75, 0.8])
+    assert set(atp(rows, 0.7, ATP(spread=0)).values.values()) == {0.7}
+    clipped = atp(rows, 0.7, ATP(spread=0.4, above=0.05))
+    assert max(clipped.values.values()) <= 0.75 + 1e-12 and clipped.mean(rows) == pytest.approx(0.7)
+
+
 def test_the_table_is_complete():
-    assert {"uniform", "owl", "loss-clusters", "equal-marginal"} <= set(METHODS)
+    assert {"uniform", "owl", "atp", "loss-clusters", "equal-marginal"} <= set(METHODS)

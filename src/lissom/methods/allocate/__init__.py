@@ -2,6 +2,7 @@
 
 from ...core import Method
 from . import alpha_pruning as _alpha
+from . import atp as _atp
 from . import besa as _besa
 from . import bits as _bits
 from . import equal_marginal as _marginal
@@ -18,6 +19,10 @@ METHODS = {
         Method(
             "owl", "allocate", "allocation", "blocks with more outliers keep more", "arXiv 2310.05175",
             _owl.OWL, _owl.owl, needs=frozenset({"inputs"}), summarise=_owl.summarise,
+        ),
+        Method(
+            "atp", "allocate", "allocation", "sparsity rises from block to block in equal steps", "arXiv 2502.14770",
+            _atp.ATP, _atp.atp,
         ),
         Method(
             "loss-clusters", "allocate", "allocation", "groups of layers by K-means on the log of their loss",
