@@ -129,6 +129,14 @@ def test_owl_counts_outliers_over_the_whole_block():
     assert len(found) == 4 and all(f["outlier_ratio"] == pytest.approx(expected) for f in found)
 
 
+def test_propagation_adds_decades_to_early_blocks():
+    rows = layers([1.0, 1.0, 1.0], sizes=[10] * 3)
+    plain = loss_clusters(rows, 0.7, LossClusters(clusters=3, spread=0.2))
+    grown = loss_clusters(rows, 0.7, LossClusters(clusters=3, spread=0.2, propagation=2.0))
+    assert set(plain.values.values()) == {0.7}
+    assert [grown.values[f"l{i}"] for i in range(3)] == pytest.approx([0.6, 0.7, 0.8])
+
+
 def test_atp_by_hand():
     rows = layers([1.0] * 5, sizes=[10] * 5)
     budget = atp(rows, 0.7, ATP(spread=0.2))

@@ -1,11 +1,12 @@
 """Layer-wise sparsity scheduler: layers are grouped by the logarithm of their pruning loss, groups share the budget.
 
-    x_l = log10 ē_l                      ē_l: :mod:`.estimates`
+    x_l = log10 ē_l + γ (1 − b_l/(B − 1))     ē_l: :mod:`.estimates`; γ = ``propagation``, decades between first and last block
     K-means in one dimension, exact by dynamic programming; cluster 1 has the smallest loss
     ladder    u_k = (μ_k − μ_min)/(μ_max − μ_min),   s_l = S + λ (ū − u_k(l))      λ = ``spread``
     marginal  s_k = 2Φ(√(λ/ē_k^α)) − 1: equal marginal loss of Gaussian weights, α = ``spread``
 
-All maps meet Σ n_l s_l = S Σ n_l exactly after clipping. ``spread`` 0 is uniform, bit for bit.
+A layer's own loss says nothing of what later blocks make of it: an early error passes through all of them. γ is that growth (0: the
+published estimate). All maps meet Σ n_l s_l = S Σ n_l exactly after clipping. ``spread`` 0 is uniform, bit for bit.
 Source: Zhang, Chen, He, Zhang 2024 (arXiv 2409.20094). Confirmed there: the mean loss from rows of the inverse
 Hessian, K-means on its logarithm, groups share the budget. Ours: normalisations, K, both maps (methods/01 §2.4–2.5).
 """
@@ -28,6 +29,7 @@ from .estimates import Estimate, Normalize, layer_losses
 class LossClusters:
     """``estimate`` A|B|C, ``normalize`` none|output-energy, ``clusters`` K, ``map`` ladder|marginal,
     ``spread`` λ (ladder: width between first and last group; marginal: α), ``granularity`` linear|block,
+    ``propagation`` γ in decades,
     ``below``/``above``: budgets stay within [S − below, S + above].
     """
 
@@ -37,6 +39,7 @@ class LossClusters:
     map: Literal["ladder", "marginal"] = "ladder"
     spread: float | Literal["auto"] = 0.10
     granularity: Literal["linear", "block"] = "linear"
+    propagation: float = 0.0
     below: float = 0.25
     above: float = 0.15
     damping: float = 0.01
@@ -98,7 +101,11 @@ def equal_marginal_sparsity(loss: Sequence[float], sizes: Sequence[int], target:
 def loss_clusters(layers: Sequence[LayerSummary], target: float, config: LossClusters) -> Budget:
     """Budgets by cluster; clusters are numbered from 0 (smallest loss)."""
     spread = chosen(config.spread)
-    x = [float(np.log10(layer.values["loss"] + 1e-30)) for layer in layers]
+    last = max(1, *(layer.block for layer in layers), 1)
+    x = [
+        float(np.log10(layer.values["loss"] + 1e-30)) + config.propagation * (1 - layer.block / last)
+        for layer in layers
+    ]
     sizes = [layer.size for layer in layers]
     labels = kmeans_1d(x, config.clusters)
     centres = [float(np.mean([xi for xi, c in zip(x, labels, strict=True) if c == k])) for k in range(max(labels) + 1)]
