@@ -80,7 +80,7 @@ def test_gradients_beat_magnitude_and_a_bias_repairs_the_mean(trained, tmp_path)
     }.items():
         step = {"use": name.split()[0], "keep_neurons": 0.25, **extra}
         compress(trained, tmp_path / name, [step], overrides=SMALL)
-        quality[name] = evaluate(tmp_path / name, length=64, count=6)["perplexity"]
+        quality[name] = evaluate(tmp_path / name, length=64, count=60)["perplexity"]
     assert quality["llm-pruner"] < quality["structured-magnitude"], quality
     assert quality["flap"] < quality["flap plain"], quality
 

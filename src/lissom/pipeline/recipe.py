@@ -412,7 +412,8 @@ def _check(recipe: Recipe) -> list[str]:
         if c.bits != 16 and "codes" not in step.method.makes:
             out.append(f"{where}: {step.name} does not quantize; add a quantization step after it")
         first = not any(s.method.kind == "solver" for s in recipe.steps[:i])
-        if first and c.sparsity is None and not c.nm and not c.free_m and c.bits == 16:
+        idle = c.sparsity is None and not c.nm and not c.free_m and c.bits == 16
+        if first and idle and "zeros" in step.method.makes:
             out.append(
                 f"{where}: changes nothing; give it a sparsity, a pattern or bits, or put it after a pruning step"
             )

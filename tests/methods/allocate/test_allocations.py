@@ -142,6 +142,8 @@ def test_atp_by_hand():
     budget = atp(rows, 0.7, ATP(spread=0.2))
     assert [budget.values[f"l{i}"] for i in range(5)] == pytest.approx([0.6, 0.65, 0.7, 0.75, 0.8])
     assert set(atp(rows, 0.7, ATP(spread=0)).values.values()) == {0.7}
+    bent = atp(rows, 0.7, ATP(spread=0.2, power=0.5))
+    assert bent.values["l1"] - bent.values["l0"] == pytest.approx(0.1) and bent.mean(rows) == pytest.approx(0.7)
     clipped = atp(rows, 0.7, ATP(spread=0.4, above=0.05))
     assert max(clipped.values.values()) <= 0.75 + 1e-12 and clipped.mean(rows) == pytest.approx(0.7)
 
