@@ -106,7 +106,7 @@ def test_plan_inspect_methods_recipes_report(lissom, compressed, random_checkpoi
     out, _ = compressed
     source, flag = random_checkpoint("llama"), ["--json"] if as_json else []
     for command, words in [
-        (["plan", source, "-r", "aggressive", "--set", "group_size=16"], ["sparsegpt", "gate", "estimates"]),
+        (["plan", source, "-r", "aggressive", "--set", "group_size=16"], ["alps", "gate", "estimates"]),
         (["inspect", source], ["llama", "gate", "blocks"]),
         (["inspect", out], ["packed"]),
         (["methods"], ["sparsegpt", "arXiv 2301.00774", "allocate"]),

@@ -27,7 +27,7 @@ def _builtin(held_out: bool) -> Callable[[], str]:
 def _hub(path: str, config: str | None, split: str, field: str, joiner: str, limit: int | None = None):
     def load() -> str:
         try:
-            from datasets import load_dataset
+            from datasets import load_dataset  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise CalibrationError(
                 f"the data set {path!r} comes from the Hugging Face hub: pip install 'lissom[data]', or give a text file"
