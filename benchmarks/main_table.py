@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 DATA = HERE.parent.parent / "shared" / "data" / "wikitext2"
 LISSOM = str(Path(sys.executable).with_name("lissom"))
 PROTOCOL = ["--samples", "32", "--length", "512"]
-SPARSE = ["magnitude", "wanda", "sparsegpt", "owl", "loss-clusters", "equal-marginal"]
+SPARSE = ["magnitude", "wanda", "sparsegpt", "owl", "loss-clusters", "equal-marginal", "atp"]
 
 
 def rows() -> dict[str, list[str]]:
@@ -36,6 +36,8 @@ def rows() -> dict[str, list[str]]:
     joint = ["--set", "sparsity=0.7", "--set", "group_size=128", "--format", "packed"]
     out["joint sparsegpt 70% + INT4"] = ["--recipe", "sparsegpt", "--set", "bits=4", *joint]
     out["prune-then-rtn 70% + INT4"] = ["--recipe", "prune-then-rtn", *joint]
+    out["aggressive without INT4 70%"] = ["--recipe", "aggressive", "--set", "bits=16", "--set", "embedding_bits=16"]
+    out["scheduler"] = ["--recipe", "scheduler"]
     out["aggressive"] = ["--recipe", "aggressive"]
     return out
 
