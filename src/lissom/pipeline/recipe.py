@@ -16,19 +16,17 @@ constraint that every solver works under (:data:`CONSTRAINT`). All mistakes are 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, Literal
 
 import yaml
 
 from ..core import Method, RecipeError
 from ..methods import METHODS
+from .settings import build, suggest
 
 
 @dataclass(frozen=True)
@@ -172,11 +170,6 @@ def names() -> list[str]:
     return [*shipped(), *(name for name in METHODS if name not in shipped() and implied(name))]
 
 
-def suggest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(sorted(known))})"
-
-
 def read(source: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]], overrides: Sequence[str] = ()) -> Recipe:
     """A recipe from a shipped name, a YAML file, a mapping, or a plain list of steps.
 
@@ -210,8 +203,8 @@ def read(source: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]], o
     for override in overrides:
         _override(override, entries, sections, problems)
     steps = tuple(_step(entry, i, problems) for i, entry in enumerate(entries))
-    save = _build(Save, sections["save"], "save", problems)
-    calibration = _build(Calibration, sections["calibration"], "calibration", problems)
+    save = build(Save, sections["save"], "save", problems)
+    calibration = build(Calibration, sections["calibration"], "calibration", problems)
     recipe = Recipe(str(data.get("name") or name), steps, str(data.get("summary") or ""), save, calibration)
     problems += _check(recipe)
     if problems:
@@ -300,65 +293,11 @@ def _step(entry: dict[str, Any], index: int, problems: list[str]) -> Step:
     for key in entry:
         if key not in own and key not in shared:
             problems.append(f"{where}: unknown setting {key!r}{suggest(key, sorted(_takes(method.name)))}")
-    config = _build(method.config, own, where, problems)
-    constraint = _build(ConstraintSettings, shared, where, problems)
+    config = build(method.config, own, where, problems)
+    constraint = build(ConstraintSettings, shared, where, problems)
     if constraint.per is None:
         constraint = replace(constraint, per=method.comparison)  # type: ignore[arg-type]
     return Step(method, config, constraint)
-
-
-def _build(cls: type, values: Mapping[str, Any], where: str, problems: list[str]) -> Any:
-    """A settings dataclass from plain values; types are checked where they are used, here."""
-    hints = typing.get_type_hints(cls)
-    good: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in hints:
-            problems.append(f"{where}: unknown setting {key!r}{suggest(key, list(hints))}")
-            continue
-        try:
-            good[key] = _coerce(value, hints[key])
-        except ValueError as error:
-            problems.append(f"{where}: {key} = {value!r}: {error}")
-    try:
-        return cls(**good)
-    except ValueError as error:
-        problems.append(f"{where}: {error}")
-        return cls()
-
-
-def _coerce(value: Any, kind: Any) -> Any:
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        for arg in args:
-            if arg is type(None):
-                continue
-            try:
-                return _coerce(value, arg)
-            except ValueError:
-                pass
-        raise ValueError(f"must be {' or '.join(_spell(a) for a in args)}")
-    if origin is Literal:
-        if value not in args:
-            raise ValueError(f"must be one of {', '.join(map(str, args))}")
-        return value
-    if origin is tuple:
-        return tuple([value] if isinstance(value, str) else value or ())
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if kind is str and isinstance(value, int) and not isinstance(value, bool):
-        # YAML reads 2:4 as a base-60 number: 2·60 + 4
-        return f"{value // 60}:{value % 60}" if value >= 60 else str(value)
-    if kind in (int, bool, str) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
-    raise ValueError(f"must be {_spell(kind)}")
-
-
-def _spell(kind: Any) -> str:
-    return {float: "a number", int: "a whole number", bool: "true or false", str: "text", type(None): "nothing"}.get(
-        kind, str(kind)
-    )
 
 
 def _check(recipe: Recipe) -> list[str]:
