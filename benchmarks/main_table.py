@@ -46,6 +46,10 @@ def calibration() -> list[str]:
     return ["--calibration", str(DATA / "valid.txt"), *PROTOCOL]
 
 
+def evaluation_on(text: str) -> list[str]:
+    return ["--data", str(DATA / text), "--length", "1024", "--windows", "16"]
+
+
 def lissom(*arguments: str) -> dict:
     done = subprocess.run([LISSOM, *arguments, "--json"], capture_output=True, text=True)
     if done.returncode:
@@ -54,7 +58,7 @@ def lissom(*arguments: str) -> dict:
 
 
 def measure(name: str, arguments: list[str]) -> dict:
-    evaluation = ["--data", str(DATA / "test.raw.txt"), "--length", "1024", "--windows", "16"]
+    evaluation = evaluation_on("test.raw.txt")
     if not arguments:
         return {"name": name, "command": "lissom evaluate demo …", "evaluate": lissom("evaluate", "demo", *evaluation)}
     work = Path(tempfile.mkdtemp(prefix="lissom-bench-"))
@@ -62,6 +66,7 @@ def measure(name: str, arguments: list[str]) -> dict:
         out = str(work / "out")
         made = lissom("compress", "demo", out, *arguments, *calibration())
         seen = lissom("evaluate", out, *evaluation)
+        tokenised = lissom("evaluate", out, *evaluation_on("test.txt")) if name.endswith("70%") else None
     finally:
         shutil.rmtree(work)
     keep = ("seconds", "stages", "peak_rss_bytes", "bytes", "bits_per_weight", "linear_bits_per_weight", "sparsity")
@@ -70,6 +75,7 @@ def measure(name: str, arguments: list[str]) -> dict:
         "command": "lissom compress demo OUT " + " ".join(arguments),
         "compress": {k: made[k] for k in keep},
         "evaluate": seen,
+        "perplexity_v1": tokenised and tokenised["perplexity"],
     }
 
 
@@ -78,13 +84,14 @@ def render() -> str:
     order = list(rows())
     found.sort(key=lambda r: order.index(r["name"]) if r["name"] in order else 999)
     lines = [
-        "| recipe | perplexity | zeros | bits/weight (linear layers) | MB on disk | seconds | peak MB |",
-        "|---|---|---|---|---|---|---|",
+        "| recipe | perplexity | v1 text | zeros | bits/weight (linear layers) | MB on disk | seconds | peak MB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in found:
         c, e = row.get("compress", {}), row["evaluate"]
+        v1 = f"{row['perplexity_v1']:.2f}" if row.get("perplexity_v1") else ""
         lines.append(
-            f"| {row['name']} | {e['perplexity']:.2f} | {e['sparsity']:.1%} | {c.get('linear_bits_per_weight', 16):.2f} | "
+            f"| {row['name']} | {e['perplexity']:.2f} | {v1} | {e['sparsity']:.1%} | {c.get('linear_bits_per_weight', 16):.2f} | "
             f"{e['bytes'] / 1e6:.1f} | {c.get('seconds', 0):.0f} | {c.get('peak_rss_bytes', 0) / 1e6:.0f} |"
         )
     return "\n".join(lines)
