@@ -33,6 +33,7 @@ from .artefact import Artefact, LayerRecord, artefact_dtype
 from .blockwise import block_steps, work_on_block
 from .data import CalibrationSet, embed, load_calibration
 from .healing import heal, training_steps
+from .lock import alone
 from .planning import Plan, make_plan
 from .recipe import Step
 from .stream import LayerResult, Spill, solve_stage, stream_block
@@ -72,12 +73,28 @@ def compress(
     ``tick(label, done, total)`` and ``note(text)`` report progress. Returns the manifest with timings.
     Raises :class:`lissom.core.LissomError` subclasses before work starts when anything does not fit.
     """
-    started = time.perf_counter()
     target = Path(out)
     if target.exists():
         raise OutputError(f"{target} exists; choose another directory or remove it")
     _writable(target)
     checked = recipes.read(recipe, overrides)
+    work = target.with_name(target.name + ".partial")
+    with alone(work):
+        return _compress(source, target, work, checked, resume, spill, tick, note, command)
+
+
+def _compress(
+    source: str | Path,
+    target: Path,
+    work: Path,
+    checked: recipes.Recipe,
+    resume: bool,
+    spill: bool,
+    tick: Tick | None,
+    note: Note | None,
+    command: str,
+) -> dict[str, Any]:
+    started = time.perf_counter()
     checkpoint = open_model(source)
     dense = model = Model(checkpoint)
     made = make_plan(planned_model(model, checked), checked, target)
@@ -93,7 +110,6 @@ def compress(
         "calibration": {"hash": data.hash, "held_out": len(data.held_out), **asdict(checked.calibration)},
         "threads": torch.get_num_threads(),
     }
-    work = target.with_name(target.name + ".partial")
     if not (work / "run.json").exists():
         model.check_weights()  # minutes before hours of work
     _start(work, identity, resume, note)
