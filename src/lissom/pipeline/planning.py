@@ -33,7 +33,8 @@ class Pass:
 
 @dataclass(frozen=True)
 class Plan:
-    """``passes`` in order; ``layers`` rows for people; estimates in bytes and seconds; ``warnings``."""
+    """``passes`` in order; ``layers`` rows for people; estimates in bytes and seconds; ``warnings``; ``target``: what a recipe
+    with a target chose and expects, once measured."""
 
     recipe: Recipe
     passes: tuple[Pass, ...]
@@ -41,9 +42,10 @@ class Plan:
     model: dict[str, Any]
     estimates: dict[str, float]
     warnings: tuple[str, ...] = field(default=())
+    target: dict[str, Any] | None = None
 
     def describe(self) -> dict[str, Any]:
-        return {
+        return ({"target": self.target} if self.target else {}) | {
             "recipe": self.recipe.describe(),
             "model": self.model,
             "estimates": self.estimates,
@@ -88,6 +90,7 @@ def constraint_for(layer: Linear, settings: ConstraintSettings, budget: Budget |
             bits = round(budget.values[layer.name])
         else:
             sparsity = budget.values[layer.name]
+            bits = budget.bits.get(layer.name, bits)
     pattern: Sparse | NM | None = None
     if settings.nm:
         n, m = settings.nm
