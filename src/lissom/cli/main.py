@@ -129,6 +129,7 @@ def plan(
     json: Json = False,
 ) -> None:
     """Show what a recipe would do to MODEL, and what it would take, without doing it."""
+    from ..pipeline import expectation
     from ..pipeline import plan as make
 
     target = {"size": target_size, "bits": target_bits, "max_kl": max_kl}
@@ -146,18 +147,9 @@ def plan(
         f"{facts['architecture']}, {facts['blocks']} blocks, {facts['linear_layers']} linear layers, "
         f"{facts['parameters'] / 1e6:.1f} M parameters, planned sparsity {facts['planned_sparsity']:.1%}"
     )
-    groups: dict[tuple, int] = {}
-    for row in made.layers:
-        key = (
-            row["role"],
-            "×".join(map(str, row["shape"])),
-            " → ".join(row["steps"]) or "kept",
-            row["sparsity"],
-            row["bits"],
-        )
-        groups[key] = groups.get(key, 0) + 1
-    rows = [[role, count, shape, steps, f"{s:.0%}", bits] for (role, shape, steps, s, bits), count in groups.items()]
-    show.out.print(show.table("", ["role", "layers", "shape", "steps", "sparsity", "bits"], rows))
+    show.out.print(show.planned(made.layers, made.target is not None))
+    if made.target:
+        show.out.print(expectation(made.target), soft_wrap=True, markup=False)
     show.out.print(
         f"estimates: {show.duration(est['seconds'])}, memory {show.size(est['memory_bytes'])}, "
         f"disk {show.size(est['disk_bytes'])}, result {show.size(est['size_bytes'])}"

@@ -36,7 +36,7 @@ from .data import CalibrationSet, embed, load_calibration
 from .healing import heal, training_steps
 from .planning import Plan, make_plan
 from .recipe import Step
-from .sizing import check_target, chosen_save, sentence, size_budgets, with_choice
+from .sizing import check_target, chosen_save, expectation, size_budgets, with_choice
 from .stream import LayerResult, Spill, solve_stage, stream_block
 from .structured import planned_model, smaller_model
 from .verify import verify
@@ -130,7 +130,7 @@ def compress(
     budgets, allocation = _budgets(work, model, made, data, tick)
     stages["allocate"] = time.perf_counter() - clock
     if checked.target:
-        _say(note, sentence(allocation))
+        _say(note, expectation(next(iter(allocation.values()))))
 
     clock = time.perf_counter()
     extras = gradients.wanted_extras([step.name for step in checked.steps])

@@ -19,7 +19,7 @@ BITS = (2, 3, 4, 5, 6, 8)
 SPARSE_BITS = (3, 4, 6)
 SPARSITIES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)  # below 0.3 the mask costs more than the zeros save
 EMBEDDING = "embedding"
-_FILE = 240  # of a file: length field, format, part, checksum
+_FILE = 150  # of a file: length field, format, part, checksum
 
 
 def choices(settings: ConstraintSettings, zeros: bool) -> list[tuple[float, int]]:
@@ -70,12 +70,12 @@ def header_bytes(name: str, shape: tuple[int, int], local: Iterable[str]) -> int
         "bits": 4, "group_size": min(64, shape[1]), "pattern": "unstructured" if sparse else "dense",
         "shape": list(shape), "symmetric": False,
     }  # fmt: skip
-    return sum(_entry(f"{name}.{k}") for k in local) + len(json.dumps(json.dumps({name: entry}))) - 4
+    return sum(_entry(f"{name}.{k}") for k in local) + len(json.dumps(json.dumps({name: entry}))) - 2
 
 
 def _entry(name: str) -> int:
     tensor = {"dtype": "F16", "shape": [100, 1], "data_offsets": [10**4, 10**4]}
-    return len(json.dumps({name: tensor}, separators=(",", ":"))) - 1
+    return len(json.dumps({name: tensor}, separators=(",", ":"))) - 3
 
 
 def limits(

@@ -80,7 +80,7 @@ def touched(model: Model, plan: Plan) -> list[Linear]:
 def size_budgets(
     model: Model, plan: Plan, data: CalibrationSet, folder: Path, tick: Tick | None = None
 ) -> tuple[Budgets, dict[str, Any]]:
-    """The budget of the plan's only solver, and a record with what is expected of it (see :func:`sentence`)."""
+    """The budget of the plan's only solver, and a record with what is expected of it (see :func:`expectation`)."""
     target = plan.recipe.target
     assert target is not None
     index = _solver(plan)
@@ -138,7 +138,9 @@ def size_budgets(
     record = {
         step.name: {
             "allocation": "target",
-            "target": {k: v for k, v in asdict(target).items() if v is not None},
+            "target": {
+                k: list(v) if isinstance(v, tuple) else v for k, v in asdict(target).items() if v is not None
+            },
             "embedding_bits": choice[EMBEDDING].bits,
             "expected_bytes": round(size),
             "expected_kl": found.kl if found else _sum(choice),
@@ -221,9 +223,8 @@ def _invert(points: list[Trial], kl: float) -> float:
     return a.predicted * (kl / max(a.kl, 1e-12)) ** (1 / p)
 
 
-def sentence(record: Mapping[str, Any]) -> str:
-    """What is expected, for people, before the first weight is written."""
-    r = next(iter(record.values()))
+def expectation(r: Mapping[str, Any]) -> str:
+    """What is expected of a target's choice (the record of one step), for people, before the first weight is written."""
     layers = [v for k, v in r["layers"].items() if k != EMBEDDING]
     bits = sorted({v["bits"] for v in layers})
     zeros = [v["sparsity"] for v in layers]
