@@ -30,7 +30,7 @@ from ..methods.allocate.spend import Option
 from ..models import Linear, Model
 from . import gradients
 from .data import CalibrationSet, embed
-from .planning import constraint_for, wanted
+from .planning import CURVE_WEIGHTS, constraint_for, wanted
 from .prices import (
     EMBEDDING,
     EMBEDDING_BITS,
@@ -140,7 +140,7 @@ def _curves(
     W = torch.cat([weights[layer.name] for layer in layers])
     factors: dict[tuple[float, bool], Factor] = {}
     seen: dict[str, dict[tuple[float, int], tuple[float, float]]] = {layer.name: {} for layer in layers}
-    each = max(1, _WEIGHTS // W.numel())
+    each = max(1, CURVE_WEIGHTS // W.numel())
     for at in range(0, len(pairs), each):
         some = pairs[at : at + each]
         parts: list[tuple[int, Both]] = []

@@ -117,24 +117,22 @@ def size_budgets(
     curves = {tilt: tilted(options, depth, tilt) for tilt in target.tilts}
     first = target.tilts[0]
     wished = target.bytes(model.parameters_count)
-    if wished is not None:
-        choice = plan_size(curves[first], wished - fixed, _TOLERANCE / 2)
-        bias = 1.0
-        if target.measure:
-            for tilt in target.tilts:
-                planned = plan_size(curves[tilt], wished - fixed, _TOLERANCE / 2)
-                trials.append(attempt(planned, tilt, len(trials) + 1))
-            best = min(trials, key=lambda t: (t.kl, t.tilt))
-            bias = best.bytes / _bytes(best.choice)
-            choice = plan_size(_weighed(curves[best.tilt], bias), wished - fixed, _TOLERANCE / 2)
-            choice = {n: replace(o, cost=o.cost / (1.0 if n == EMBEDDING else bias)) for n, o in choice.items()}
-    else:
+    found: Trial | None = None
+    if wished is None:
         assert target.max_kl is not None
-        best = _for_loss(target.max_kl, curves, trials, attempt)
-        choice, bias = best.choice, best.bytes / _bytes(best.choice)
+        found = _for_loss(target.max_kl, curves, trials, attempt)
+        choice, bias = found.choice, found.bytes / _bytes(found.choice)
+    elif target.measure:
+        for tilt in target.tilts:
+            planned = plan_size(curves[tilt], wished - fixed, _TOLERANCE / 2)
+            trials.append(attempt(planned, tilt, len(trials) + 1))
+        found = min(trials, key=lambda t: (t.kl, t.tilt))
+        bias = found.bytes / _bytes(found.choice)
+        choice = plan_size(_weighed(curves[found.tilt], bias), wished - fixed, _TOLERANCE / 2)
+        choice = {n: replace(o, cost=o.cost / (1.0 if n == EMBEDDING else bias)) for n, o in choice.items()}
+    else:
+        choice, bias = plan_size(curves[first], wished - fixed, _TOLERANCE / 2), 1.0
     size = fixed + _bytes(choice) * bias + choice[EMBEDDING].cost
-    found = min(trials, key=lambda t: (t.kl, t.tilt)) if wished is not None and trials else None
-    found = best if wished is None else found
     record = {
         step.name: {
             "allocation": "target",
