@@ -190,6 +190,29 @@ def packed_bits(plan: LayerPlan, nonzeros: int, value_bits: int = 16, symmetric:
     return out
 
 
+def expected_bytes(plan: LayerPlan, nonzeros: float) -> float:
+    """Bytes that :class:`Packed` needs for a quantized layer whose ``nonzeros`` lie anywhere with equal chance.
+
+    Zeros that gather in some rows make real masks a little smaller.
+    """
+    assert plan.bits is not None
+    rows, columns = plan.shape
+    total = rows * columns
+    stored, mask = float(total), 0.0
+    if plan.pattern == "unstructured":
+        each = min(1.0, _ranked_mask_bits(nonzeros / total))
+        if each * total + nonzeros * plan.bits < total * plan.bits:
+            stored, mask = nonzeros, each * total
+    groups = rows * -(-columns // min(plan.group_size or columns, columns))
+    return (mask + stored * plan.bits + groups * (16 + (0 if plan.symmetric else plan.bits))) / 8
+
+
+def _ranked_mask_bits(density: float) -> float:
+    """Mean bits a weight of blocks of counts and ranks, for independent weights that are non-zero with this chance."""
+    chances = [comb(MAX_GROUP, k) * density**k * (1 - density) ** (MAX_GROUP - k) for k in range(MAX_GROUP + 1)]
+    return (_COUNT_BITS + float(np.dot(chances, _RANK_WIDTHS))) / MAX_GROUP
+
+
 def _bits_dtype(dtype: torch.dtype) -> type[np.unsignedinteger]:
     return np.uint32 if dtype == torch.float32 else np.uint16
 

@@ -11,6 +11,7 @@ import json
 import os
 import resource
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -36,6 +37,7 @@ from .healing import heal, training_steps
 from .lock import alone
 from .planning import Plan, make_plan
 from .recipe import Step
+from .sizing import check_target, chosen_save, expectation, size_budgets, with_choice
 from .stream import LayerResult, Spill, solve_stage, stream_block
 from .structured import planned_model, smaller_model
 from .verify import verify
@@ -46,11 +48,29 @@ Note = Callable[[str], None]
 
 
 def plan(
-    source: str | Path, recipe: Any = "aggressive", *, overrides: Sequence[str] = (), out: str | Path | None = None
+    source: str | Path,
+    recipe: Any = "aggressive",
+    *,
+    overrides: Sequence[str] = (),
+    out: str | Path | None = None,
+    tick: Tick | None = None,
 ) -> Plan:
-    """Resolve a recipe against a model without touching weights. Raises ``RecipeError`` with all mistakes."""
+    """Resolve a recipe against a model without writing weights. Raises ``RecipeError`` with all mistakes.
+
+    A recipe with a target is measured here as in a run, which takes minutes; any other takes no look at the weights.
+    """
     checked = recipes.read(recipe, overrides)
-    return make_plan(planned_model(Model(open_model(source)), checked), checked, Path(out) if out else None)
+    model = Model(open_model(source))
+    made = make_plan(planned_model(model, checked), checked, Path(out) if out else None)
+    if checked.target is None:
+        return made
+    check_target(model, made)
+    data = load_calibration(
+        model.checkpoint.tokenizer(), checked.calibration, model.config.vocab_size, needs_held_out(made)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        budgets, record = size_budgets(model, made, data, Path(folder), tick)
+    return with_choice(made, budgets, record)
 
 
 @torch.no_grad()
@@ -98,15 +118,16 @@ def _compress(
     checkpoint = open_model(source)
     dense = model = Model(checkpoint)
     made = make_plan(planned_model(model, checked), checked, target)
+    check_target(model, made)
     data = load_calibration(checkpoint.tokenizer(), checked.calibration, model.config.vocab_size, needs_held_out(made))
-    if not any(step.method.needs for step in checked.steps):
+    if not any(step.method.needs for step in checked.steps) and checked.target is None:
         data = replace(data, ids=data.ids[:_ERROR_SAMPLES])
     for warning in made.warnings:
         _say(note, f"note: {warning}")
     identity = {
         "lissom": __version__,
         "source": checkpoint.fingerprint(),
-        "recipe": {k: v for k, v in checked.describe().items() if k in ("steps", "save")},
+        "recipe": {k: v for k, v in checked.describe().items() if k in ("steps", "save", "target")},
         "calibration": {"hash": data.hash, "held_out": len(data.held_out), **asdict(checked.calibration)},
         "threads": torch.get_num_threads(),
     }
@@ -124,6 +145,8 @@ def _compress(
     clock = time.perf_counter()
     budgets, allocation = _budgets(work, model, made, data, tick)
     stages["allocate"] = time.perf_counter() - clock
+    if checked.target:
+        _say(note, expectation(next(iter(allocation.values()))))
 
     clock = time.perf_counter()
     extras = gradients.wanted_extras([step.name for step in checked.steps])
@@ -132,7 +155,7 @@ def _compress(
     stages["gradients"] = time.perf_counter() - clock
 
     clock = time.perf_counter()
-    artefact = Artefact(work, model, checked.save)
+    artefact = Artefact(work, model, chosen_save(checked, allocation))
     records = _blocks(work, model, made, budgets, data, artefact, spill, tick, note)
     sample = _first(load_file(_hidden_files(work)[model.blocks]))
     stages["blocks"] = time.perf_counter() - clock
@@ -194,7 +217,7 @@ def _compress(
         *work.glob("gradients-*.safetensors"),
     ):
         leftover.unlink(missing_ok=True)
-    for folder in ("training", "smaller"):
+    for folder in ("training", "smaller", "curves"):
         shutil.rmtree(work / folder, ignore_errors=True)
     os.replace(work, target)
     return manifest | timings | {"out": str(target)}
@@ -264,12 +287,13 @@ def _budgets(
 ) -> tuple[Budgets, dict[str, Any]]:
     path = work / "budgets.json"
     if not path.exists():
-        budgets, record = budgets_for(model, made, data, tick)
+        if made.recipe.target:
+            budgets, record = size_budgets(model, made, data, work / "curves", tick)
+        else:
+            budgets, record = budgets_for(model, made, data, tick)
         _dump(path, {"budgets": {str(i): asdict(b) for i, b in budgets.items()}, "record": record})
     saved = json.loads(path.read_text(encoding="utf-8"))
-    return {int(i): Budget(b["quantity"], b["values"], b["cluster"]) for i, b in saved["budgets"].items()}, saved[
-        "record"
-    ]
+    return {int(i): Budget(**b) for i, b in saved["budgets"].items()}, saved["record"]
 
 
 def _hidden_files(work: Path) -> dict[int, Path]:

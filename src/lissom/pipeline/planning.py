@@ -20,6 +20,7 @@ from .recipe import ConstraintSettings, Recipe, Step
 
 _PYTHON_AND_TORCH = 700 << 20  # resident bytes of an idle process with torch and transformers loaded
 ROLES = frozenset({"q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down"})
+CURVE_WEIGHTS = 20_000_000  # of all choices of a stage that are solved together when curves are measured
 _UNIT = 32  # a shorter last quantization group must still be whole units of this many inputs
 
 
@@ -33,7 +34,8 @@ class Pass:
 
 @dataclass(frozen=True)
 class Plan:
-    """``passes`` in order; ``layers`` rows for people; estimates in bytes and seconds; ``warnings``."""
+    """``passes`` in order; ``layers`` rows for people; estimates in bytes and seconds; ``warnings``; ``target``: what a recipe
+    with a target chose and expects, once measured."""
 
     recipe: Recipe
     passes: tuple[Pass, ...]
@@ -41,9 +43,10 @@ class Plan:
     model: dict[str, Any]
     estimates: dict[str, float]
     warnings: tuple[str, ...] = field(default=())
+    target: dict[str, Any] | None = None
 
     def describe(self) -> dict[str, Any]:
-        return {
+        return ({"target": self.target} if self.target else {}) | {
             "recipe": self.recipe.describe(),
             "model": self.model,
             "estimates": self.estimates,
@@ -88,6 +91,7 @@ def constraint_for(layer: Linear, settings: ConstraintSettings, budget: Budget |
             bits = round(budget.values[layer.name])
         else:
             sparsity = budget.values[layer.name]
+            bits = budget.bits.get(layer.name, bits)
     pattern: Sparse | NM | None = None
     if settings.nm:
         n, m = settings.nm
@@ -282,6 +286,11 @@ def estimate(model: Model, recipe: Recipe, layers: list[Linear], tokens: int) ->
     if any(s.method.kind == "allocation" and s.method.needs for s in recipe.steps):
         share += allocation_samples(recipe) / recipe.calibration.samples
     sweeps = sum(la.columns * 2.0e-4 + la.rows * la.columns**2 / 4e10 for la in layers) if needs_gram else 0
+    if recipe.target:  # forwards and backwards of the curves, and one trial for each tilt
+        memory += 6 * 4 * CURVE_WEIGHTS
+        trials = len(recipe.target.tilts)
+        share += (6 + 2 * trials) * allocation_samples(recipe) / recipe.calibration.samples
+        sweeps *= 6 + trials
     seconds = 1.3 * tokens * per_token * share / matmul_speed() + sweeps + weights / 4e7
     for step in recipe.steps:
         if step.method.kind == "training":  # two models, gradients, two moments, the best so far, logits
