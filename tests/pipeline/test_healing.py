@@ -108,3 +108,24 @@ def test_the_plan_counts_the_training(trained):
     )
     assert long > 10 * short
     assert json.dumps(read(STEPS).describe())
+
+
+def test_a_cached_teacher_an_average_and_recomputing_heal_too(trained, tmp_path):
+    step = {**HEAL, "steps": 8, "cache": 128, "ema": 0.5, "recompute": True, "patience": 9, "text": 0.1}
+    made = compress(trained, tmp_path / "out", [STEPS[0], step], overrides=SMALL)
+    history = made["healing"]["heal"]
+    assert history[-1]["held_out"] < history[0]["held_out"] and not (tmp_path / "out" / "training").exists()
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        ({"cache": 8, "kind": "reverse"}, "needs logits > 0, kind forward"),
+        ({"cache": 8, "minutes": 1.0}, "no minutes"),
+        ({"patience": 0}, "patience must be at least 1"),
+        ({"ema": 1.0}, "ema must be between"),
+    ],
+)
+def test_settings_of_healing_that_cannot_be(more, words):
+    with pytest.raises(RecipeError, match=words):
+        read([STEPS[0], {**HEAL, **more}])

@@ -232,7 +232,11 @@ def test_the_last_leaves_remain_where_the_best_are_not_asked_for():
         return float(len(seen))  # worse every time
 
     state = train(
-        {"w": leaf}, loss, DATA, Training(steps=4, learning_rate=0.1, evaluate_every=2, keep_best=False), held_out=held_out
+        {"w": leaf},
+        loss,
+        DATA,
+        Training(steps=4, learning_rate=0.1, evaluate_every=2, keep_best=False),
+        held_out=held_out,
     )
     assert torch.equal(leaf.detach(), seen[-1]) and not state.best and state.best_loss == 1.0
     with pytest.raises(ValueError, match="patience"):
@@ -253,7 +257,7 @@ def test_an_interrupted_save_keeps_the_state_before_it(tmp_path, monkeypatch):
         real(tensors, path, *rest)
 
     monkeypatch.setattr(loop, "save_file", breaks)
-    with pytest.raises(OutputError, match="cannot save the training.*the state saved before is kept"):
+    with pytest.raises(OutputError, match=r"cannot save the training.*the state saved before is kept"):
         _run(folder=tmp_path)
     assert [p.name for p in tmp_path.glob("*safetensors*")] == ["training.safetensors"]
     again, _ = _run(folder=tmp_path)  # from step 3

@@ -17,7 +17,18 @@ from ..evaluate import fingerprint, load_text, tokenize, windows
 from ..export import StoredLayer
 from ..methods.heal.legal import Legal
 from ..models import Model
-from ..train import Batches, Latent, LoRA, Network, Training, held_out_loss, solved_of, train
+from ..train import (
+    Batches,
+    Latent,
+    LoRA,
+    Network,
+    Training,
+    cache_teacher,
+    held_out_loss,
+    loss_against_cache,
+    solved_of,
+    train,
+)
 from .artefact import Artefact, LayerRecord
 from .recipe import Recipe, Step
 from .stream import LayerResult
@@ -66,22 +77,18 @@ def heal(
     judged = windows(tokens[-apart:], config.held_out, config.length)
     batches = Batches(tokens[:-apart], config.length, config.batch, config.seed)
     student, before = _student(model, artefact, records, config, everything=dense is not model)
-    teacher = Network(dense)
-
-    def loss(batch: Tensor) -> Tensor:
-        wants_hidden = config.hidden > 0
-        ours = student.forward(batch, hidden=wants_hidden)
-        with torch.no_grad():
-            theirs = teacher.forward(batch, hidden=wants_hidden) if config.objective().needs_teacher else None
-        return step.method.run(ours, theirs, batch, config)
-
+    if config.cache:
+        loss = _cached_loss(dense, student, batches, config, folder / "teacher")
+    else:
+        loss = _loss(dense, student, step)
     settings = Training(
         steps=config.steps, minutes=config.minutes, accumulate=config.accumulate, learning_rate=config.learning_rate,
-        warmup=config.warmup, evaluate_every=config.evaluate_every, precision=config.precision,
-        save_every=4 * config.evaluate_every,
+        warmup=config.warmup, ema=config.ema, patience=config.patience, evaluate_every=config.evaluate_every,
+        precision=config.precision, save_every=4 * config.evaluate_every,
     )  # fmt: skip
     state = train(
         student.leaves(), loss, batches, settings, folder=folder,
+        tensorboard=Path(config.tensorboard) if config.tensorboard else None,
         held_out=lambda: held_out_loss(student, judged),
         identity=json.dumps([asdict(config), fingerprint(tokens), _fingerprint(before)]),
         tick=lambda done, total, row: tick("heal", done, total) if tick else None,
@@ -95,13 +102,41 @@ def heal(
     return Healed(new, hidden, history)
 
 
+def _loss(dense: Model, student: Network, step: Step) -> Callable[[Tensor], Tensor]:
+    """Of the student beside the dense model, which runs along where a term of the loss needs it."""
+    config = step.config
+    teacher = Network(dense)
+
+    def loss(batch: Tensor) -> Tensor:
+        wants_hidden = config.hidden > 0
+        ours = student.forward(batch, hidden=wants_hidden)
+        with torch.no_grad():
+            theirs = teacher.forward(batch, hidden=wants_hidden) if config.objective().needs_teacher else None
+        return step.method.run(ours, theirs, batch, config)
+
+    return loss
+
+
+def _cached_loss(
+    dense: Model, student: Network, batches: Batches, config: Any, folder: Path
+) -> Callable[[Tensor], Tensor]:
+    """The same, from the largest log-probabilities of the dense model, written once before the first step."""
+    if config.cache >= dense.config.vocab_size:
+        raise CalibrationError(
+            f"cache must be less than the vocabulary of {dense.config.vocab_size}, not {config.cache}"
+        )
+    cache_teacher(Network(dense), batches, range(config.steps), config.cache, folder)
+    dense.release()
+    return loss_against_cache(student, folder, config.objective())
+
+
 def _student(
     model: Model, artefact: Artefact, records: Sequence[LayerRecord], config: Any, everything: bool
 ) -> tuple[Network, dict[str, StoredLayer]]:
     """The model as its parts decode, with a form for everything that is trained, and the layers as they are stored."""
     stored = {n: layer for i in range(model.blocks) for n, layer in artefact.read(i).items()}
     by_name = {r.name: r for r in records}
-    student = Network(model)
+    student = Network(model, recompute=config.recompute)
     student.outer |= {k: v for k, v in artefact.outer().items() if k in student.outer}
     model.release()
     for block in student.blocks:

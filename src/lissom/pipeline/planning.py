@@ -16,7 +16,7 @@ import torch
 from ..core import NM, Both, Budget, Grid, RecipeError, Sparse
 from ..export import LayerPlan, codec_named
 from ..models import Linear, Model
-from .recipe import ConstraintSettings, Recipe, Step
+from .recipe import TRAINED, ConstraintSettings, Recipe, Step
 
 _PYTHON_AND_TORCH = 700 << 20  # resident bytes of an idle process with torch and transformers loaded
 ROLES = frozenset({"q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down"})
@@ -284,12 +284,13 @@ def estimate(model: Model, recipe: Recipe, layers: list[Linear], tokens: int) ->
     sweeps = sum(la.columns * 2.0e-4 + la.rows * la.columns**2 / 4e10 for la in layers) if needs_gram else 0
     seconds = 1.3 * tokens * per_token * share / matmul_speed() + sweeps + weights / 4e7
     for step in recipe.steps:
-        if step.method.kind == "training":  # two models, gradients, two moments, the best so far, logits
+        if step.method.kind in ("training", *TRAINED):  # two models, gradients, two moments, the best so far, logits
             c = step.config
             logits = 4 * 4 * c.batch * c.length * model.config.vocab_size // c.accumulate
             memory = max(memory, _PYTHON_AND_TORCH + 4 * 6 * model.parameters_count + logits)
             whole = 4.0 * c.steps * c.batch * c.length * model.parameters_count / matmul_speed()
-            seconds += whole if c.minutes is None else min(whole, 60 * c.minutes)
+            minutes = getattr(c, "minutes", None)
+            seconds += whole if minutes is None else min(whole, 60 * minutes)
     seconds += 3.5 * tokens * weights * sum(epochs) / matmul_speed() if epochs else 0
     return {
         "memory_bytes": float(memory),

@@ -1,15 +1,18 @@
 """Structured steps: before anything else, the checkpoint becomes a smaller ordinary one; the rest of the run starts there.
 
-Every block keeps the same number of heads and neurons, because configs of transformers hold one number for all blocks:
-the plan says which. Blocks stream by; a block sees what the smaller blocks before it give.
+Every block is saved with the same number of heads and neurons, because configs of transformers hold one number for all
+blocks: the plan says which. Blocks stream by; a block sees what the smaller blocks before it give. Steps that train
+(:mod:`.gated`) have the whole model in memory instead.
 """
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +24,13 @@ from ..export import ArtefactWriter, open_model
 from ..export.writer import write_json
 from ..methods.structured import bias_of_removed, influence
 from ..models import Block, Linear, Model
-from ..models.layout import Sizes, block_parts
+from ..models.channels import narrower_block, narrower_outer
+from ..models.layout import Sizes, block_parts, outer_parts
 from ..models.units import KINDS, refusal, smaller_block, smaller_config, units_of
 from . import gradients
 from .data import embed
-from .recipe import Recipe, Step
+from .gated import train_units
+from .recipe import STRUCTURED, TRAINED, Recipe, Step
 from .stream import stream_block
 
 Tick = Callable[[str, int, int], None]
@@ -33,22 +38,23 @@ _MULTIPLE = 32  # neurons that remain are a multiple of this, so that groups of 
 
 
 def structured_steps(recipe: Recipe) -> list[Step]:
-    return [s for s in recipe.steps if s.method.kind in ("units", "blocks")]
+    return [s for s in recipe.steps if s.method.kind in STRUCTURED]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What remains in every block: KV ``heads`` (with their query heads), ``neurons``; and how many ``blocks``."""
+    """What remains in every block: KV ``heads`` (with their query heads), ``neurons``; how many ``blocks``; and ``channels``
+    of the hidden state."""
 
     heads: int
     neurons: int
     blocks: int
+    channels: int
 
 
 def shape_after(model: Model, step: Step) -> Shape:
     """The shape that a step leaves; raises :class:`RecipeError` where no legal one is near, or transformers has none."""
-    s = Sizes.of(model.architecture, model.config)
-    full = {"heads": s.kv_heads, "neurons": s.inner, "blocks": model.blocks}
+    full = full_shape(model)
     left = dict(full)
     problems = []
     for kind, all_of in full.items():
@@ -56,22 +62,55 @@ def shape_after(model: Model, step: Step) -> Shape:
         if not 0 < share <= 1:
             problems.append(f"{step.name}: keep_{kind} must be above 0 and at most 1, not {share:g}")
             continue
-        multiple = _MULTIPLE if kind == "neurons" and all_of % _MULTIPLE == 0 and all_of >= 4 * _MULTIPLE else 1
+        multiple = multiple_of(kind, all_of, model, left["heads"])
         count = round(share * all_of / multiple) * multiple
         if count < 1:
             problems.append(
                 f"{step.name}: keep_{kind} {share:g} of {all_of} leaves none; the least is {multiple / all_of:.3g}"
             )
-        elif count < all_of and kind in KINDS:
-            reason = refusal(model.architecture, model.config, kind)
+        elif count < all_of:
+            reason = refusal(model.architecture, model.config, kind) or _no_gates(model, step, kind)
             if reason:
                 problems.append(f"{step.name}: {kind} cannot be removed from {reason}; set keep_{kind}=1")
         left[kind] = count
     if left == full and not problems:
-        problems.append(f"{step.name}: nothing is removed; set keep_heads, keep_neurons or keep_blocks below 1")
+        able = ", ".join(f"keep_{k}" for k in full if hasattr(step.config, f"keep_{k}"))
+        problems.append(f"{step.name}: nothing is removed; set one of {able} lower")
+    if step.method.kind in TRAINED and not model.has_head:
+        problems.append(f"{step.name} trains on next tokens, which needs a language-model head; this model has none")
     if problems:
         raise RecipeError(problems)
     return Shape(**left)
+
+
+def full_shape(model: Model) -> dict[str, int]:
+    """Kind → units of the model as it is: KV heads and neurons of a block, blocks, channels."""
+    s = Sizes.of(model.architecture, model.config)
+    return {"heads": s.kv_heads, "neurons": s.inner, "blocks": model.blocks, "channels": s.width}
+
+
+def multiple_of(kind: str, all_of: int, model: Model, heads: int) -> int:
+    """What the number that remains is a multiple of; configs of transformers want a width that its query heads divide."""
+    if kind not in ("neurons", "channels"):
+        return 1
+    multiple = _MULTIPLE if all_of % _MULTIPLE == 0 and all_of >= 4 * _MULTIPLE else 1
+    if kind == "channels":
+        s = Sizes.of(model.architecture, model.config)
+        multiple = math.lcm(multiple, s.heads // s.kv_heads * heads)
+        multiple = multiple if all_of % multiple == 0 else all_of
+    return multiple
+
+
+def _no_gates(model: Model, step: Step, kind: str) -> str | None:
+    """Why gates of this kind would not do what the removal does, or None."""
+    row = model.architecture
+    if step.method.kind != "gates" or kind not in ("blocks", "channels"):
+        return None
+    if row.norm_attention_out:
+        return f"{row.name} by gates: its norms behind each branch undo them"
+    if not row.setting(model.config, "pre_norm"):
+        return f"{row.name} by gates: its norms stand behind the addition"
+    return None
 
 
 class Planned:
@@ -83,9 +122,10 @@ class Planned:
         shape = shape_after(model, step)
         row, old = model.architecture, model.checkpoint
         self.source, self._old = old.source, old
-        self.config = smaller_config(row, model.config, shape.heads, shape.neurons, range(shape.blocks))
+        self.config = smaller_config(row, model.config, shape.heads, shape.neurons, range(shape.blocks), shape.channels)
         present = set(old.names())
-        self._shapes = {n: tuple(old.shape(n)) for n in model.outer_names()}
+        expected = {p.name: p.shape for p in outer_parts(row, self.config, model.prefix, bare=True)}
+        self._shapes = {n: expected.get(n, tuple(old.shape(n))) for n in model.outer_names()}
         for i in range(shape.blocks):
             for part in block_parts(row, self.config, model.prefix, i):
                 if part.name in present:
@@ -141,7 +181,13 @@ def smaller_model(
         if not done.exists():
             shutil.rmtree(place, ignore_errors=True)
             place.mkdir(parents=True)
-            write_json(done, rewrite(model, step, ids, place, dtype, tick))
+            if step.method.kind in TRAINED:
+                made = cut_out(
+                    model, step, ids, place, folder / f"{number}-training", recipe.calibration.data, dtype, tick
+                )
+            else:
+                made = rewrite(model, step, ids, place, dtype, tick)
+            write_json(done, made)
         record.append(json.loads(done.read_text(encoding="utf-8")))
         model = Model(open_model(place))
     return model, record
@@ -160,10 +206,17 @@ def rewrite(
     model: Model, step: Step, ids: Tensor, folder: Path, dtype: torch.dtype, tick: Tick | None = None
 ) -> dict[str, Any]:
     """Write the smaller model into ``folder``; ``ids`` (samples, tokens). Returns what was kept, for the manifest."""
-    writer = ArtefactWriter(folder)
     shape = shape_after(model, step)
+    record: dict[str, Any] = {"step": step.name, "heads": {}, "neurons": {}}
+    if shape.channels < model.width:
+        kept = _choose_channels(model, step, shape.channels, ids, folder, tick)
+        record["channels"] = kept.tolist()
+        blocks = [(model, i, {}) for i in range(model.blocks)]
+        _write(model, blocks, {"channels": kept}, folder / "narrow", torch.float32)
+        model = Model(open_model(folder / "narrow"))
+    writer = ArtefactWriter(folder)
     hidden = embed(model, ids)
-    config, record = model.config, {"step": step.name, "heads": {}, "neurons": {}}
+    config = model.config
     if step.method.kind == "blocks":
         keep, influences = _choose_blocks(model, step, hidden)
         record |= {"blocks": keep, "influence": influences}
@@ -191,7 +244,81 @@ def rewrite(
     outer = {n: model.checkpoint.tensor(n) for n in model.outer_names()}
     writer.add("outer", {n: (t.to(dtype) if t.is_floating_point() else t) for n, t in outer.items()})
     writer.finish(_View(config, model.checkpoint.copy_assets), dtype)  # type: ignore[arg-type]
+    shutil.rmtree(folder / "narrow", ignore_errors=True)
     return record
+
+
+@torch.no_grad()
+def cut_out(
+    model: Model, step: Step, ids: Tensor, folder: Path, training: Path, data: str, dtype: torch.dtype,
+    tick: Tick | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Train (:func:`.gated.train_units`) with the state in ``training``, and write what is left of the model into ``folder``."""
+    shape = shape_after(model, step)
+    keep, full = asdict(shape), full_shape(model)
+    trained = train_units(model, step, keep, ids, training, data, tick)
+    chosen = {k: _best(s, keep[k]) for k, s in trained.scores.items() if k in ("blocks", "channels")}
+    kept_blocks = chosen.get("blocks", torch.arange(model.blocks)).tolist()
+    record: dict[str, Any] = {"step": step.name, "heads": {}, "neurons": {}, **trained.record}
+    record |= {k: v.tolist() for k, v in chosen.items()}
+    blocks = []
+    for j, i in enumerate(kept_blocks):
+        block, units = trained.network.blocks[i], {}
+        for kind in KINDS:
+            if keep[kind] < full[kind]:
+                kept = _best(trained.scores[kind][i], keep[kind])
+                units[kind] = (units_of(block.row, block.config, block.linears, kind), kept)
+                record[kind][str(j)] = kept.tolist()
+        blocks.append((block, i, units))
+    _write(model, blocks, chosen, folder, dtype, trained.network.outer)
+    return record
+
+
+def _write(
+    model: Model,
+    blocks: Sequence[tuple[Any, int, dict[str, tuple[Units, Tensor]]]],
+    chosen: Mapping[str, Tensor],
+    folder: Path,
+    dtype: torch.dtype,
+    outer: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a model of the given ``blocks`` (the block, or the model to load it from; its number; units that stay, by kind),
+    with the ``chosen`` channels; ``outer``: trained tensors in the place of the file's."""
+    writer, row, prefix = ArtefactWriter(folder), model.architecture, model.prefix
+    channels = chosen.get("channels")
+    counts: dict[str, int] = {}
+    for j, (held, i, units) in enumerate(blocks):
+        block = copy.copy(held.load_block(i) if isinstance(held, Model) else held)
+        block.parameters = smaller_block(block, units)
+        if channels is not None:
+            block.parameters = narrower_block(block, channels)
+        counts = {k: len(kept) for k, (_, kept) in units.items()}
+        writer.add(f"block-{j:05d}", _renamed(model, block, i, j, dtype))
+    tensors = {n: model.checkpoint.tensor(n) for n in model.outer_names()} | dict(outer or {})
+    if channels is not None:
+        tensors = narrower_outer(row, model.config, prefix, tensors, channels)
+    writer.add("outer", {n: (t.to(dtype) if t.is_floating_point() else t) for n, t in tensors.items()})
+    config = smaller_config(
+        row, model.config, counts.get("heads"), counts.get("neurons"), [i for _, i, _ in blocks],
+        None if channels is None else len(channels),
+    )  # fmt: skip
+    writer.finish(_View(config, model.checkpoint.copy_assets), dtype)  # type: ignore[arg-type]
+
+
+def _choose_channels(model: Model, step: Step, count: int, ids: Tensor, folder: Path, tick: Tick | None) -> Tensor:
+    """The channels with the largest scores, summed over all blocks."""
+    if "gradients" in step.method.needs:
+        gradients.gather(model, ids, folder, {"samples"}, tick)
+    total = torch.zeros(model.width)
+    for i in range(model.blocks):
+        block = model.load_block(i)
+        samples = {n: e["samples"] for n, e in gradients.block_extras(folder, i).items()}
+        units = units_of(block.row, block.config, block.linears, "channels")
+        weights = {la.name: block.weight(la.name) for la in block.linears}
+        total += step.method.run(UnitProblem(units, weights, {}, samples, i), step.config)
+    for file in folder.glob("gradients-*.safetensors"):
+        file.unlink()
+    return _best(total, count)
 
 
 def _choose_blocks(model: Model, step: Step, hidden: list[Tensor]) -> tuple[list[int], list[float]]:

@@ -132,10 +132,10 @@ def train(
     tensors = [leaves[n] for n in names]
     device = tensors[0].device
     factors = [(rates or {}).get(n, 1.0) for n in names]
-    groups = [{"params": [t], "weight_decay": 0.0} if n in (rates or {}) else {"params": [t]} for n, t in leaves.items()]
-    optimiser = torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
-    )
+    groups = [
+        {"params": [t], "weight_decay": 0.0} if n in (rates or {}) else {"params": [t]} for n, t in leaves.items()
+    ]
+    optimiser = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
     identity = json.dumps([identity, {k: v for k, v in asdict(config).items() if k != "save_every"}], sort_keys=True)
     state = _load(folder, identity, names, tensors, optimiser) if folder else State()
     if config.ema is not None and not state.ema:
@@ -207,7 +207,9 @@ def train(
             average.lerp_(leaves[n].detach(), 1 - config.ema)  # type: ignore[operator]
         state.step, state.seconds = step + 1, time.perf_counter() - started
         row = {"step": state.step, "seconds": state.seconds, "loss": ranks.mean(total)}
-        board.write(state.step, {"loss": row["loss"], "gradient_norm": norm, "learning_rate": config.learning_rate * now})
+        board.write(
+            state.step, {"loss": row["loss"], "gradient_norm": norm, "learning_rate": config.learning_rate * now}
+        )
         last = state.step == config.steps
         if state.step % config.evaluate_every == 0 or last:
             evaluate(row)

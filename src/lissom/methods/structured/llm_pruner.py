@@ -22,10 +22,12 @@ from ...core import UnitProblem
 
 @dataclass(frozen=True)
 class LLMPruner:
-    """``keep_heads``, ``keep_neurons``: fractions that remain in every block. ``reduce`` element|vector, ``order`` first|mixed."""
+    """``keep_heads``, ``keep_neurons``: fractions that remain in every block; ``keep_channels`` of the hidden
+    state. ``reduce`` element|vector, ``order`` first|mixed."""
 
     keep_heads: float = 1.0
     keep_neurons: float = 0.8
+    keep_channels: float = 1.0
     reduce: Literal["element", "vector"] = "element"
     order: Literal["first", "mixed"] = "first"
 

@@ -18,10 +18,12 @@ from ...core import UnitProblem
 
 @dataclass(frozen=True)
 class StructuredMagnitude:
-    """``keep_heads``, ``keep_neurons``: fractions that remain in every block."""
+    """``keep_heads``, ``keep_neurons``: fractions that remain in every block; ``keep_channels`` of the hidden
+    state."""
 
     keep_heads: float = 1.0
     keep_neurons: float = 0.8
+    keep_channels: float = 1.0
     norm: Literal[1, 2] = 2
     weighted: bool = False
 
