@@ -33,10 +33,12 @@ from .artefact import Artefact, LayerRecord, artefact_dtype
 from .blockwise import block_steps, work_on_block
 from .data import CalibrationSet, embed, load_calibration
 from .healing import heal, training_steps
-from .planning import Plan, make_plan
+from .planning import Plan
 from .recipe import Step
+from .shapes import structured_plan
 from .stream import LayerResult, Spill, solve_stage, stream_block
-from .structured import planned_model, smaller_model
+from .structured import smaller_model
+from .targets import with_targets
 from .verify import verify
 
 _ERROR_SAMPLES = 4  # samples for the reported errors of methods that need no data themselves
@@ -49,7 +51,9 @@ def plan(
 ) -> Plan:
     """Resolve a recipe against a model without touching weights. Raises ``RecipeError`` with all mistakes."""
     checked = recipes.read(recipe, overrides)
-    return make_plan(planned_model(Model(open_model(source)), checked), checked, Path(out) if out else None)
+    model = Model(open_model(source))
+    checked, _ = with_targets(model, checked)
+    return structured_plan(model, checked, Path(out) if out else None)
 
 
 @torch.no_grad()
@@ -80,7 +84,9 @@ def compress(
     checked = recipes.read(recipe, overrides)
     checkpoint = open_model(source)
     dense = model = Model(checkpoint)
-    made = make_plan(planned_model(model, checked), checked, target)
+    work, asked = target.with_name(target.name + ".partial"), checked
+    checked, targets = with_targets(model, asked, work / "targets.json" if resume else None)
+    made = structured_plan(model, checked, target)
     data = load_calibration(checkpoint.tokenizer(), checked.calibration, model.config.vocab_size, needs_held_out(made))
     if not any(step.method.needs for step in checked.steps):
         data = replace(data, ids=data.ids[:_ERROR_SAMPLES])
@@ -89,14 +95,15 @@ def compress(
     identity = {
         "lissom": __version__,
         "source": checkpoint.fingerprint(),
-        "recipe": {k: v for k, v in checked.describe().items() if k in ("steps", "save")},
+        "recipe": {k: v for k, v in asked.describe().items() if k in ("steps", "save")},
         "calibration": {"hash": data.hash, "held_out": len(data.held_out), **asdict(checked.calibration)},
         "threads": torch.get_num_threads(),
     }
-    work = target.with_name(target.name + ".partial")
     if not (work / "run.json").exists():
         model.check_weights()  # minutes before hours of work
     _start(work, identity, resume, note)
+    if targets:
+        _dump(work / "targets.json", targets)
     stages: dict[str, float] = {}
 
     clock = time.perf_counter()
@@ -141,6 +148,7 @@ def compress(
         "calibration": identity["calibration"],
         "allocation": allocation,
         "structured": removed,
+        "targets": targets,
         "healing": healing,
         "layers": [asdict(r) for r in records],
         "dense_bytes": checkpoint.bytes,
@@ -174,6 +182,7 @@ def compress(
         *_hidden_files(work).values(),
         work / "run.json",
         work / "budgets.json",
+        work / "targets.json",
         *work.glob("records-*.json"),
         *work.glob("gradients-*.safetensors"),
     ):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,152 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import RecipeError, Stats, UnitProblem, Units
+from ..core import Stats, UnitProblem, Units
 from ..export import ArtefactWriter, open_model
 from ..export.writer import write_json
-from ..methods.structured import bias_of_removed, influence
+from ..methods.structured import bias_of_removed, influence, widths
 from ..models import Block, Linear, Model
 from ..models.channels import narrower_block, narrower_outer
-from ..models.layout import Sizes, block_parts, outer_parts
-from ..models.units import KINDS, refusal, smaller_block, smaller_config, units_of
+from ..models.units import KINDS, masked, smaller_block, smaller_config, units_of
 from . import gradients
 from .data import embed
 from .gated import train_units
-from .recipe import STRUCTURED, TRAINED, Recipe, Step
+from .recipe import TRAINED, Recipe, Step
+from .shapes import Shape, full_shape, mean_shape, shape_after, structured_steps
 from .stream import stream_block
 
 Tick = Callable[[str, int, int], None]
-_MULTIPLE = 32  # neurons that remain are a multiple of this, so that groups of quantization and SIMD lanes fit
-
-
-def structured_steps(recipe: Recipe) -> list[Step]:
-    return [s for s in recipe.steps if s.method.kind in STRUCTURED]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What remains in every block: KV ``heads`` (with their query heads), ``neurons``; how many ``blocks``; and ``channels``
-    of the hidden state."""
-
-    heads: int
-    neurons: int
-    blocks: int
-    channels: int
-
-
-def shape_after(model: Model, step: Step) -> Shape:
-    """The shape that a step leaves; raises :class:`RecipeError` where no legal one is near, or transformers has none."""
-    full = full_shape(model)
-    left = dict(full)
-    problems = []
-    for kind, all_of in full.items():
-        share = getattr(step.config, f"keep_{kind}", 1.0)
-        if not 0 < share <= 1:
-            problems.append(f"{step.name}: keep_{kind} must be above 0 and at most 1, not {share:g}")
-            continue
-        multiple = multiple_of(kind, all_of, model, left["heads"])
-        count = round(share * all_of / multiple) * multiple
-        if count < 1:
-            problems.append(
-                f"{step.name}: keep_{kind} {share:g} of {all_of} leaves none; the least is {multiple / all_of:.3g}"
-            )
-        elif count < all_of:
-            reason = refusal(model.architecture, model.config, kind) or _no_gates(model, step, kind)
-            if reason:
-                problems.append(f"{step.name}: {kind} cannot be removed from {reason}; set keep_{kind}=1")
-        left[kind] = count
-    if left == full and not problems:
-        able = ", ".join(f"keep_{k}" for k in full if hasattr(step.config, f"keep_{k}"))
-        problems.append(f"{step.name}: nothing is removed; set one of {able} lower")
-    if step.method.kind in TRAINED and not model.has_head:
-        problems.append(f"{step.name} trains on next tokens, which needs a language-model head; this model has none")
-    if problems:
-        raise RecipeError(problems)
-    return Shape(**left)
-
-
-def full_shape(model: Model) -> dict[str, int]:
-    """Kind → units of the model as it is: KV heads and neurons of a block, blocks, channels."""
-    s = Sizes.of(model.architecture, model.config)
-    return {"heads": s.kv_heads, "neurons": s.inner, "blocks": model.blocks, "channels": s.width}
-
-
-def multiple_of(kind: str, all_of: int, model: Model, heads: int) -> int:
-    """What the number that remains is a multiple of; configs of transformers want a width that its query heads divide."""
-    if kind not in ("neurons", "channels"):
-        return 1
-    multiple = _MULTIPLE if all_of % _MULTIPLE == 0 and all_of >= 4 * _MULTIPLE else 1
-    if kind == "channels":
-        s = Sizes.of(model.architecture, model.config)
-        multiple = math.lcm(multiple, s.heads // s.kv_heads * heads)
-        multiple = multiple if all_of % multiple == 0 else all_of
-    return multiple
-
-
-def _no_gates(model: Model, step: Step, kind: str) -> str | None:
-    """Why gates of this kind would not do what the removal does, or None."""
-    row = model.architecture
-    if step.method.kind != "gates" or kind not in ("blocks", "channels"):
-        return None
-    if row.norm_attention_out:
-        return f"{row.name} by gates: its norms behind each branch undo them"
-    if not row.setting(model.config, "pre_norm"):
-        return f"{row.name} by gates: its norms stand behind the addition"
-    return None
-
-
-class Planned:
-    """A checkpoint that does not exist yet: config, names and shapes of what a structured step will make of ``model``."""
-
-    format = "planned"
-
-    def __init__(self, model: Model, step: Step):
-        shape = shape_after(model, step)
-        row, old = model.architecture, model.checkpoint
-        self.source, self._old = old.source, old
-        self.config = smaller_config(row, model.config, shape.heads, shape.neurons, range(shape.blocks), shape.channels)
-        present = set(old.names())
-        expected = {p.name: p.shape for p in outer_parts(row, self.config, model.prefix, bare=True)}
-        self._shapes = {n: expected.get(n, tuple(old.shape(n))) for n in model.outer_names()}
-        for i in range(shape.blocks):
-            for part in block_parts(row, self.config, model.prefix, i):
-                if part.name in present:
-                    self._shapes[part.name] = part.shape
-
-    def names(self) -> list[str]:
-        return list(self._shapes)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._old.dtype(name)
-
-    @property
-    def bytes(self) -> int:
-        return sum(torch.Size(s).numel() * self.dtype(n).itemsize for n, s in self._shapes.items())
-
-    def problems(self) -> list[str]:
-        return []
-
-    def tokenizer(self) -> Any:
-        return self._old.tokenizer()
-
-    def fingerprint(self) -> str:
-        return self._old.fingerprint()
-
-    def copy_assets(self, out: Path) -> None:
-        self._old.copy_assets(out)
-
-    def tensor(self, name: str) -> Tensor:
-        raise ValueError(f"{name} is only planned: its weights do not exist yet")
-
-
-def planned_model(model: Model, recipe: Recipe) -> Model:
-    """``model`` as the recipe's structured steps will leave it, without weights; itself when there are none."""
-    for step in structured_steps(recipe):
-        model = Model(Planned(model, step))
-    return model
 
 
 def smaller_model(
@@ -230,11 +98,13 @@ def rewrite(
             setattr(config, switch, True)
         if "gradients" in step.method.needs:
             gradients.gather(model, ids, folder, {"samples"}, tick)
+        counts = _counts(model, step, shape, hidden, folder)
         for i in range(model.blocks):
             block = model.load_block(i)
-            chosen, hidden, biases = _choose_units(block, step, shape, hidden, folder)
+            wanted = {kind: per_block[i] for kind, per_block in counts.items()}
+            chosen, hidden, biases = _choose_units(block, step, wanted, shape, hidden, folder)
             for kind, (_, kept) in chosen.items():
-                record[kind][str(i)] = kept.tolist()
+                record[kind][str(i)] = kept[: wanted[kind]].sort().values.tolist()
             block.parameters = _with_biases(smaller_block(block, chosen), block, biases, biased)
             writer.add(f"block-{i:05d}", {k: v.to(dtype).contiguous() for k, v in block.tensors().items()})
             if tick:
@@ -331,25 +201,54 @@ def _choose_blocks(model: Model, step: Step, hidden: list[Tensor]) -> tuple[list
     return step.method.run(influences, step.config), influences
 
 
+def _counts(model: Model, step: Step, shape: Shape, hidden: list[Tensor], folder: Path) -> dict[str, list[int]]:
+    """Units that each block keeps. Where blocks may differ, the scores of the dense blocks are compared first."""
+    mean, blocks = asdict(mean_shape(model, step)), range(model.blocks)
+    if mean == asdict(shape):
+        return {kind: [mean[kind] for _ in blocks] for kind in KINDS}
+    scores: dict[str, list[Tensor]] = {k: [] for k in KINDS}
+    here = list(hidden)
+    for i in blocks:
+        block = model.load_block(i)
+        units = {k: units_of(block.row, block.config, block.linears, k) for k in KINDS}
+        samples = _samples(folder, i)
+
+        def visit(stage: tuple[Linear, ...], stats: Stats) -> None:
+            for kind, group in units.items():  # noqa: B023  (called while this block streams)
+                if stage[0].name in group.columns:
+                    weights = {la.name: block.weight(la.name) for la in block.linears}  # noqa: B023
+                    problem = UnitProblem(group, weights, {stage[0].name: stats}, samples, i)  # noqa: B023
+                    scores[kind].append(step.method.run(problem, step.config))
+
+        here = stream_block(block, here, visit, gram=False)
+    high = asdict(shape)
+    return {k: widths(torch.stack(scores[k]), mean[k], high[k]) for k in KINDS}
+
+
+def _samples(folder: Path, i: int) -> dict[str, Tensor]:
+    return {n: e["samples"] for n, e in gradients.block_extras(folder, i).items() if "samples" in e}
+
+
 def _choose_units(
-    block: Block, step: Step, shape: Shape, hidden: list[Tensor], folder: Path
+    block: Block, step: Step, wanted: Mapping[str, int], shape: Shape, hidden: list[Tensor], folder: Path
 ) -> tuple[dict[str, tuple[Units, Tensor]], list[Tensor], dict[str, Tensor]]:
-    """Units that stay, {kind: (units, indices)}; the block's outputs without the others; biases in their place."""
-    samples = {n: e["samples"] for n, e in gradients.block_extras(folder, block.number).items() if "samples" in e}
-    wanted = {"heads": shape.heads, "neurons": shape.neurons}
+    """Units in the file, {kind: (units, indices)}: the ``wanted`` ones that stay first, then others, set to zero, up to the
+    width of ``shape``; the block's outputs without the others; biases in their place."""
+    samples, saved = _samples(folder, block.number), asdict(shape)
     units = {k: units_of(block.row, block.config, block.linears, k) for k in KINDS}
     chosen: dict[str, tuple[Units, Tensor]] = {}
     biases: dict[str, Tensor] = {}
 
     def visit(stage: tuple[Linear, ...], stats: Stats) -> None:
         for kind, group in units.items():
-            if stage[0].name not in group.columns or wanted[kind] >= group.count:
+            if stage[0].name not in group.columns or saved[kind] >= group.count:
                 continue
             weights = {la.name: block.weight(la.name) for la in block.linears}
             problem = UnitProblem(group, weights, {stage[0].name: stats}, samples, block.number)
-            keep = _best(step.method.run(problem, step.config), wanted[kind])
-            chosen[kind] = (group, keep)
-            _close(block, group, keep)
+            order = step.method.run(problem, step.config).argsort(descending=True, stable=True)
+            keep = order[: wanted[kind]].sort().values
+            chosen[kind] = (group, torch.cat((keep, order[wanted[kind] : saved[kind]])))
+            block.parameters = masked(block.parameters, group, keep)
             if getattr(step.config, "bias", False) and _can_hold(block, stage[0].name):
                 for name, value in bias_of_removed(problem, keep).items():
                     old = block.bias(name)
@@ -362,14 +261,6 @@ def _choose_units(
 def _best(scores: Tensor, count: int) -> Tensor:
     """Indices of the largest scores, rising; of equals the first ones stay."""
     return scores.argsort(descending=True, stable=True)[:count].sort().values
-
-
-def _close(block: Block, units: Units, keep: Tensor) -> None:
-    """Cut the units outside of ``keep`` off from the layer that reads them: the block then gives what the sliced one will."""
-    gone = torch.ones(units.count, dtype=torch.bool)
-    gone[keep] = False
-    for name, index in units.columns.items():
-        block.set_weight(name, block.weight(name).index_fill(1, index[gone].flatten(), 0.0))
 
 
 def _can_hold(block: Block, name: str) -> bool:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lissom.core import GateProblem, UnitProblem, Units
-from lissom.methods.structured import factor
+from lissom.methods.structured import factor, widths
 from lissom.methods.structured.compresso import Compresso, compresso
 from lissom.methods.structured.head_gates import HeadGates, head_gates
 from lissom.methods.structured.l0 import L0, l0
@@ -124,3 +124,23 @@ def test_random_units_depend_on_seed_block_and_kind_only():
 def test_settings_that_cannot_be(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 999), blocks=st.integers(1, 5), mean=st.integers(1, 9), extra=st.integers(0, 4))
+def test_widths_have_their_mean_exactly_and_stay_within_bounds(seed, blocks, mean, extra):
+    high = min(10, mean + extra)
+    scores = (
+        torch.rand(blocks, 10, generator=torch.Generator().manual_seed(seed)) * torch.arange(1, blocks + 1)[:, None]
+    )
+    found = widths(scores, mean, high)
+    assert sum(found) == mean * blocks and max(found) <= high and min(found) >= max(1, 2 * mean - high)
+
+
+def test_widths_by_hand():
+    # standardised: (1.5, −.5, −.5, −.5) twice as sharp as nothing; (1.2, .4, −.4, −1.2)/…
+    scores = torch.tensor([[9.0, 1.0, 1.0, 1.0], [400.0, 300.0, 200.0, 100.0]])
+    z = [[(x - sum(r) / 4) / torch.tensor(r).std().item() for x in r] for r in scores.tolist()]
+    best = sorted(((v, b) for b, row in enumerate(z) for v in row), reverse=True)[:4]
+    assert widths(scores, 2, 4) == [sum(b == i for _, b in best) for i in range(2)] == [1, 3]
+    assert widths(scores, 2, 2) == [2, 2]

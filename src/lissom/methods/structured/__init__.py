@@ -12,6 +12,7 @@ from .magnitude import StructuredMagnitude, structured_magnitude
 from .random_units import RandomUnits, random_units
 from .sheared import Sheared, sheared
 from .shortgpt import ShortGPT, influence, shortgpt
+from .widths import widths
 
 _TRAINED = frozenset({"gradients", "data", "training"})
 
@@ -65,4 +66,4 @@ METHODS = {
     )
 }  # fmt: skip
 
-__all__ = ["METHODS", "bias_of_removed", "factor", "influence"]
+__all__ = ["METHODS", "bias_of_removed", "factor", "influence", "widths"]

@@ -15,11 +15,13 @@ class UnitTraining:
     ``steps`` of ``batch`` windows of ``length`` tokens of ``data`` (a file or a name; empty: the calibration's), with the
     losses ``text`` (next token) and ``logits`` (KL to the dense model). ``weights``: what is trained besides: "all" linear
     layers, "lora" updates of ``rank``, or "frozen". ``gate_rate``: learning rate of gates and multipliers. The target
-    sparsity rises linearly over the share ``ramp`` of the training.
+    sparsity rises linearly over the share ``ramp`` of the training. ``target``, ``of``: a size that the result must not exceed.
     """
 
     keep_heads: float = 1.0
     keep_neurons: float = 0.8
+    target: float | None = None
+    of: Literal["parameters", "bytes", "latency"] = "parameters"
     steps: int = 400
     batch: int = 8
     length: int = 256
