@@ -137,3 +137,18 @@ def test_a_text_that_is_too_short_says_what_is_needed(trained, tmp_path):
 def test_the_plan_counts_the_training(trained):
     long, short = (plan(trained, [{"use": "l0", "steps": n}]).estimates["seconds"] for n in (100_000, 1))
     assert long > 10 * short
+
+
+def test_the_prompt_is_read_before_the_text_and_not_learned(trained):
+    from lissom.methods.structured.compresso import Compresso
+    from lissom.pipeline.gated import _Texts
+
+    model = Model(open_model(trained))
+    network, prompt = Network(model), "Less of me."
+    head = torch.tensor(model.checkpoint.tokenizer()(prompt).input_ids)
+    texts = _Texts(model, Compresso(prompt=prompt, length=16, batch=2, held_out=1), "builtin")
+    ids = texts.data.at(0)
+    out, own = texts.read(network, ids)
+    whole = network.forward(torch.cat((head.expand(2, -1), ids), 1)).logits
+    assert torch.equal(own, ids) and torch.equal(out.logits, whole[:, len(head) :])
+    assert not torch.allclose(out.logits, network.forward(ids).logits, atol=1e-3)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core import CalibrationError, Codes, Solved
 from ..evaluate import fingerprint, load_text, tokenize, windows
-from ..export import StoredLayer
+from ..export import StoredLayer, open_model
 from ..methods.heal.legal import Legal
 from ..models import Model
 from ..train import (
@@ -38,6 +38,31 @@ Tick = Callable[[str, int, int], None]
 
 def training_steps(recipe: Recipe) -> list[Step]:
     return [s for s in recipe.steps if s.method.kind == "training"]
+
+
+def teacher_of(dense: Model, step: Step) -> Model:
+    """What a step learns from: the checkpoint that it names, else the model before compression. Nothing is loaded."""
+    named = getattr(step.config, "teacher", "")
+    return Model(open_model(named)) if named else dense
+
+
+def teacher_problems(dense: Model, student: Model, recipe: Recipe) -> list[str]:
+    """Teachers that cannot teach ``student``, the model as structured steps will leave it."""
+    out = []
+    for step in training_steps(recipe):
+        teacher = teacher_of(dense, step)
+        theirs, ours = teacher.config.vocab_size, student.config.vocab_size
+        if theirs != ours:
+            out.append(
+                f"{step.name}: the teacher {teacher.checkpoint.source} has a vocabulary of {theirs}, the student of {ours}: "
+                "they must share the tokenizer"
+            )
+        elif getattr(step.config, "hidden", 0) and teacher.width != student.width:
+            out.append(
+                f"{step.name}: hidden states of the teacher have {teacher.width} channels, those of the student "
+                f"{student.width}, which cannot be compared; set hidden=0"
+            )
+    return out
 
 
 @dataclass(frozen=True)
@@ -77,10 +102,11 @@ def heal(
     judged = windows(tokens[-apart:], config.held_out, config.length)
     batches = Batches(tokens[:-apart], config.length, config.batch, config.seed)
     student, before = _student(model, artefact, records, config, everything=dense is not model)
+    teacher = teacher_of(dense, step)
     if config.cache:
-        loss = _cached_loss(dense, student, batches, config, folder / "teacher")
+        loss = _cached_loss(teacher, student, batches, config, folder / "teacher")
     else:
-        loss = _loss(dense, student, step)
+        loss = _loss(teacher, student, step)
     settings = Training(
         steps=config.steps, minutes=config.minutes, accumulate=config.accumulate, learning_rate=config.learning_rate,
         warmup=config.warmup, ema=config.ema, patience=config.patience, evaluate_every=config.evaluate_every,
@@ -90,7 +116,9 @@ def heal(
         student.leaves(), loss, batches, settings, folder=folder,
         tensorboard=Path(config.tensorboard) if config.tensorboard else None,
         held_out=lambda: held_out_loss(student, judged),
-        identity=json.dumps([asdict(config), fingerprint(tokens), _fingerprint(before)]),
+        identity=json.dumps(
+            [asdict(config), fingerprint(tokens), _fingerprint(before), teacher.checkpoint.fingerprint()]
+        ),
         tick=lambda done, total, row: tick("heal", done, total) if tick else None,
     )  # fmt: skip
     new = _write(student, artefact, records, before)

@@ -282,6 +282,7 @@ def estimate(model: Model, recipe: Recipe, layers: list[Linear], tokens: int) ->
     if any(s.method.kind == "allocation" and s.method.needs for s in recipe.steps):
         share += allocation_samples(recipe) / recipe.calibration.samples
     sweeps = sum(la.columns * 2.0e-4 + la.rows * la.columns**2 / 4e10 for la in layers) if needs_gram else 0
+    cached = 0  # a teacher's answers on disk: an index and half a float each
     seconds = 1.3 * tokens * per_token * share / matmul_speed() + sweeps + weights / 4e7
     for step in recipe.steps:
         if step.method.kind in ("training", *TRAINED):  # two models, gradients, two moments, the best so far, logits
@@ -289,12 +290,13 @@ def estimate(model: Model, recipe: Recipe, layers: list[Linear], tokens: int) ->
             logits = 4 * 4 * c.batch * c.length * model.config.vocab_size // c.accumulate
             memory = max(memory, _PYTHON_AND_TORCH + 4 * 6 * model.parameters_count + logits)
             whole = 4.0 * c.steps * c.batch * c.length * model.parameters_count / matmul_speed()
+            cached = max(cached, 6 * c.steps * c.batch * c.length * getattr(c, "cache", 0))
             minutes = getattr(c, "minutes", None)
             seconds += whole if minutes is None else min(whole, 60 * minutes)
     seconds += 3.5 * tokens * weights * sum(epochs) / matmul_speed() if epochs else 0
     return {
         "memory_bytes": float(memory),
-        "disk_bytes": float(size + 4 * tokens * hidden * (2 if epochs else 1)),
+        "disk_bytes": float(size + 4 * tokens * hidden * (2 if epochs else 1) + cached),
         "size_bytes": float(size),
         "seconds": float(seconds),
     }

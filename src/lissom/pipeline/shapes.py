@@ -18,6 +18,7 @@ from ..core import RecipeError
 from ..models import Model
 from ..models.layout import Sizes, block_parts, outer_parts
 from ..models.units import KINDS, refusal, smaller_config
+from .healing import teacher_problems
 from .planning import Plan, make_plan
 from .recipe import STRUCTURED, TRAINED, Recipe, Step
 
@@ -210,5 +211,9 @@ def widths_notes(model: Model, recipe: Recipe) -> list[str]:
 
 def structured_plan(model: Model, recipe: Recipe, out: Path | None = None) -> Plan:
     """The plan of a recipe whose structured steps come first, with how they save widths among its warnings."""
-    made = make_plan(planned_model(model, recipe), recipe, out)
+    small = planned_model(model, recipe)
+    made = make_plan(small, recipe, out)
+    problems = teacher_problems(model, small, recipe)
+    if problems:
+        raise RecipeError(problems)
     return replace(made, warnings=(*widths_notes(model, recipe), *made.warnings))

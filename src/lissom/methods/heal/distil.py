@@ -27,7 +27,7 @@ class Heal:
     after ``patience`` judgements without a better one the training ends. ``ema``: decay of an average of the weights, which
     is then what is judged and kept. ``recompute``: inner activations are made again for the backward pass, not kept.
     ``cache`` > 0: the teacher's so many largest log-probabilities are written to disk first, and the teacher let go.
-    ``tensorboard``: a folder for curves."""
+    ``tensorboard``: a folder for curves. ``teacher``: a checkpoint to learn from; empty: the model before compression."""
 
     steps: int = 500
     minutes: float | None = None
@@ -50,6 +50,7 @@ class Heal:
     recompute: bool = False
     cache: int = 0
     tensorboard: str = ""
+    teacher: str = ""
     rank: int = 0
     norms: bool = True
     precision: Literal["float32", "bfloat16"] = "float32"
