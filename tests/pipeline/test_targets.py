@@ -1,5 +1,7 @@
 """Targets in parameters, bytes and latency; widths that differ by block and how the plan says it."""
 
+import json
+
 import pytest
 import torch
 
@@ -84,6 +86,21 @@ def test_the_latency_table_of_a_run_is_in_the_manifest(trained, tmp_path, monkey
     model = Model(open_model(tmp_path / "out"))
     assert model.config.intermediate_size == round(found["keep"]["neurons"] * 128) < 128
     assert not (tmp_path / "out" / "targets.json").exists()
+
+
+def test_an_unfinished_run_keeps_the_shape_that_it_measured(trained, tmp_path):
+    class Other(_Counted):  # the same machine on another day: the head costs much more
+        def of(self, rows, columns):
+            return super().of(rows, columns) * (99 if rows == 512 else 1)
+
+    model = Model(open_model(trained))
+    recipe = read([{"use": "random", "keep_neurons": 0.25, "target": 0.9, "of": "latency"}])
+    first, record = with_targets(model, recipe, tmp_path / "targets.json", _Counted())
+    (tmp_path / "targets.json").write_text(json.dumps(record))
+    again, same = with_targets(model, recipe, tmp_path / "targets.json", Other())
+    assert again == first and same == record
+    with pytest.raises(RecipeError, match="no shape meets"):
+        with_targets(model, recipe, None, Other())
 
 
 def test_widths_that_differ_are_saved_as_the_widest_and_the_plan_says_so(trained, tmp_path):

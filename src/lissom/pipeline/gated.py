@@ -152,7 +152,7 @@ def _with_gates(
     own = gates.leaves(constraints)
     held = {id(t) for t in own.values()}
     leaves = {n: t for n, t in student.leaves().items() if id(t) not in held} | own
-    rates = dict.fromkeys(own, config.gate_rate / config.learning_rate)
+    rates = {name: config.gate_rate / config.learning_rate for name in own}
     loading: Hook | None = None
     if texts.domains:
         shares = leaves["shares"] = torch.tensor([texts.data.shares[n] for n in texts.domains], dtype=torch.float64)

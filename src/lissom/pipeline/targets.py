@@ -69,7 +69,7 @@ def with_targets(
         if getattr(step.config, "target", None) is not None:
             index = next(i for i, s in enumerate(steps) if s is step)
             old = next((r for r in before if r["number"] == number), None)
-            found = old or _found(model, step, recipe, table) | {"number": number}
+            found: dict[str, Any] = old or _found(model, step, recipe, table) | {"number": number}
             record.append(found)
             steps[index] = step = _keeping(step, found["keep"])
         model = Model(Planned(model, step))
