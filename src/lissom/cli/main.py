@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -296,18 +296,28 @@ add_commands(app)
 
 def main() -> None:
     """Entry point: errors that a user can mend end with their message and exit code, without a traceback."""
+    as_json = "--json" in sys.argv
+
+    def refuse(name: str, message: str, code: int) -> NoReturn:
+        if as_json:
+            show.emit({"error": name, "message": message}, True)
+        show.err.print(f"error: {message}", style="bold red", markup=False, soft_wrap=True)
+        sys.exit(code)
+
     try:
+        if as_json:
+            sys.exit(app(standalone_mode=False) or 0)  # mistakes in the arguments come here too, to be told in JSON
         app()
     except LissomError as error:
-        if "--json" in sys.argv:
-            show.emit({"error": type(error).__name__, "message": str(error)}, True)
-        show.err.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
-        sys.exit(error.exit_code)
+        refuse(type(error).__name__, str(error), error.exit_code)
     except OSError as error:
-        if "--json" in sys.argv:
-            show.emit({"error": type(error).__name__, "message": str(error)}, True)
-        show.err.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
-        sys.exit(OutputError.exit_code)
+        refuse(type(error).__name__, str(error), OutputError.exit_code)
+    except typer.Abort:
+        sys.exit(1)
+    except Exception as error:
+        if not as_json or not hasattr(error, "format_message"):
+            raise
+        refuse("UsageError", error.format_message(), error.exit_code)  # type: ignore[attr-defined]
     except SystemExit as ended:  # typer turns Ctrl-C into exit code 130
         if ended.code == 130:
             show.err.print("stopped; the same command goes on from the last finished block", soft_wrap=True)

@@ -71,6 +71,7 @@ def summarise(
     hidden, out = (embed(model, ids) if method.needs else []), []
     for i in range(model.blocks):
         block = model.load_block(i)
+        values: dict[str, float] = {}
         problems: list[Problem] = []
         members: list[Linear] = []
 
@@ -89,17 +90,31 @@ def summarise(
                 members.extend(layers)
 
         if method.needs:
+            before = list(hidden)
             hidden = stream_block(block, hidden, gather, "gram" in method.needs)
+            values = {"share": share_of_stream(before, hidden)}
         else:
             from ..core import Stats
 
             for stage in block.stages:
                 gather(stage, Stats.empty(stage[0].columns, gram=False))
-        values = method.summarise(problems, target, allocation.config)
-        out += [_summary(layer, v) for layer, v in zip(members, values, strict=True)]
+        own = method.summarise(problems, target, allocation.config)
+        out += [_summary(layer, values | v) for layer, v in zip(members, own, strict=True)]
         if tick:
             tick("allocate", i + 1, model.blocks)
     return out
+
+
+def share_of_stream(before: list[Tensor], after: list[Tensor]) -> float:
+    """Median over tokens of ‖h_out − h_in‖² / ‖h_out‖²: the part of the residual stream that a block wrote itself.
+
+    The median, because a few tokens (the first of a text above all) carry norms hundreds of times larger.
+    """
+    parts = [
+        ((b - a).square().sum(-1) / b.square().sum(-1).clamp_min(torch.finfo(b.dtype).tiny)).flatten()
+        for a, b in zip(before, after, strict=True)
+    ]
+    return float(torch.cat(parts).median())
 
 
 def _summary(layer: Linear, values: Mapping[str, float]) -> LayerSummary:

@@ -33,6 +33,7 @@ from .artefact import Artefact, LayerRecord, artefact_dtype
 from .blockwise import block_steps, work_on_block
 from .data import CalibrationSet, embed, load_calibration
 from .healing import heal, training_steps
+from .lock import alone
 from .planning import Plan
 from .recipe import Step
 from .shapes import structured_plan
@@ -76,15 +77,31 @@ def compress(
     ``tick(label, done, total)`` and ``note(text)`` report progress. Returns the manifest with timings.
     Raises :class:`lissom.core.LissomError` subclasses before work starts when anything does not fit.
     """
-    started = time.perf_counter()
     target = Path(out)
     if target.exists():
         raise OutputError(f"{target} exists; choose another directory or remove it")
     _writable(target)
     checked = recipes.read(recipe, overrides)
+    work = target.with_name(target.name + ".partial")
+    with alone(work):
+        return _compress(source, target, work, checked, resume, spill, tick, note, command)
+
+
+def _compress(
+    source: str | Path,
+    target: Path,
+    work: Path,
+    checked: recipes.Recipe,
+    resume: bool,
+    spill: bool,
+    tick: Tick | None,
+    note: Note | None,
+    command: str,
+) -> dict[str, Any]:
+    started = time.perf_counter()
     checkpoint = open_model(source)
     dense = model = Model(checkpoint)
-    work, asked = target.with_name(target.name + ".partial"), checked
+    asked = checked
     checked, targets = with_targets(model, asked, work / "targets.json" if resume else None)
     made = structured_plan(model, checked, target)
     data = load_calibration(checkpoint.tokenizer(), checked.calibration, model.config.vocab_size, needs_held_out(made))
