@@ -35,7 +35,7 @@ from .stored import (
     stored_bits,
 )
 from .sweep import sweep
-from .units import UnitProblem, Units
+from .units import GateProblem, UnitProblem, Units
 
 __all__ = [
     "NM",
@@ -53,6 +53,7 @@ __all__ = [
     "Factor",
     "Fixed",
     "FormatError",
+    "GateProblem",
     "Grid",
     "GridParams",
     "LayerSummary",

@@ -26,6 +26,11 @@ class Method:
     ``units``      ``run(problem: UnitProblem, config) -> Tensor``: scores of the heads or neurons of one block, before
                    anything else; ``keep_heads`` and ``keep_neurons`` of the config say how many remain
     ``blocks``     ``run(influences: list[float], config) -> list[int]``: the blocks that remain
+    ``gates``      ``run(problem: GateProblem, config) -> Tensor``: gaps (n,) between the expected and the wanted sparsity of
+                   gates that are trained with the model, before anything else; each is held at zero by two
+                   multipliers, or weighed by the config's ``penalty`` where it has one
+    ``projection`` ``run(before: Tensor, trial: Tensor, config) -> Tensor``: which units (units,) a step of training, from
+                   ``before`` to ``trial`` (units, entries), sends to zero for good
     ``transform``  ``run(model, context, config) -> model``: rewrites or trains the whole model
     =============  ==========================================================================
 

@@ -65,7 +65,7 @@ class Block:
         self.parameters = parameters
         self.stages = tuple(tuple(la for la in linears if la.stage == s) for s in range(len(stages(row))))
         self.sizes = Sizes.of(row, config)
-        self._at = prefix + row.layer.format(number)
+        self.prefix = self._at = prefix + row.layer.format(number)
         self.observe: Callable[[str, Tensor], None] | None = None  # sees (layer name, output) of every linear layer
 
     def weight(self, name: str) -> Tensor:

@@ -35,11 +35,13 @@ from .blockwise import block_steps, work_on_block
 from .data import CalibrationSet, embed, load_calibration
 from .healing import heal, training_steps
 from .lock import alone
-from .planning import Plan, make_plan
+from .planning import Plan
 from .recipe import Step
+from .shapes import structured_plan
 from .sizing import check_target, chosen_save, expectation, size_budgets, with_choice
 from .stream import LayerResult, Spill, solve_stage, stream_block
-from .structured import planned_model, smaller_model
+from .structured import smaller_model
+from .targets import with_targets
 from .verify import verify
 
 _ERROR_SAMPLES = 4  # samples for the reported errors of methods that need no data themselves
@@ -61,7 +63,8 @@ def plan(
     """
     checked = recipes.read(recipe, overrides)
     model = Model(open_model(source))
-    made = make_plan(planned_model(model, checked), checked, Path(out) if out else None)
+    checked, _ = with_targets(model, checked)
+    made = structured_plan(model, checked, Path(out) if out else None)
     if checked.target is None:
         return made
     check_target(model, made)
@@ -117,7 +120,9 @@ def _compress(
     started = time.perf_counter()
     checkpoint = open_model(source)
     dense = model = Model(checkpoint)
-    made = make_plan(planned_model(model, checked), checked, target)
+    asked = checked
+    checked, targets = with_targets(model, asked, work / "targets.json" if resume else None)
+    made = structured_plan(model, checked, target)
     check_target(model, made)
     data = load_calibration(checkpoint.tokenizer(), checked.calibration, model.config.vocab_size, needs_held_out(made))
     if not any(step.method.needs for step in checked.steps) and checked.target is None:
@@ -127,13 +132,15 @@ def _compress(
     identity = {
         "lissom": __version__,
         "source": checkpoint.fingerprint(),
-        "recipe": {k: v for k, v in checked.describe().items() if k in ("steps", "save", "target")},
+        "recipe": {k: v for k, v in asked.describe().items() if k in ("steps", "save", "target")},
         "calibration": {"hash": data.hash, "held_out": len(data.held_out), **asdict(checked.calibration)},
         "threads": torch.get_num_threads(),
     }
     if not (work / "run.json").exists():
         model.check_weights()  # minutes before hours of work
     _start(work, identity, resume, note)
+    if targets:
+        _dump(work / "targets.json", targets)
     stages: dict[str, float] = {}
 
     clock = time.perf_counter()
@@ -180,6 +187,7 @@ def _compress(
         "calibration": identity["calibration"],
         "allocation": allocation,
         "structured": removed,
+        "targets": targets,
         "healing": healing,
         "layers": [asdict(r) for r in records],
         "dense_bytes": checkpoint.bytes,
@@ -213,6 +221,7 @@ def _compress(
         *_hidden_files(work).values(),
         work / "run.json",
         work / "budgets.json",
+        work / "targets.json",
         *work.glob("records-*.json"),
         *work.glob("gradients-*.safetensors"),
     ):

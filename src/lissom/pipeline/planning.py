@@ -16,7 +16,7 @@ import torch
 from ..core import NM, Both, Budget, Grid, RecipeError, Sparse
 from ..export import LayerPlan, codec_named
 from ..models import Linear, Model
-from .recipe import ConstraintSettings, Recipe, Step
+from .recipe import TRAINED, ConstraintSettings, Recipe, Step
 
 _PYTHON_AND_TORCH = 700 << 20  # resident bytes of an idle process with torch and transformers loaded
 ROLES = frozenset({"q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down"})
@@ -291,18 +291,21 @@ def estimate(model: Model, recipe: Recipe, layers: list[Linear], tokens: int) ->
         trials = len(recipe.target.tilts)
         share += (6 + 2 * trials) * allocation_samples(recipe) / recipe.calibration.samples
         sweeps *= 6 + trials
+    cached = 0  # a teacher's answers on disk: an index and half a float each
     seconds = 1.3 * tokens * per_token * share / matmul_speed() + sweeps + weights / 4e7
     for step in recipe.steps:
-        if step.method.kind == "training":  # two models, gradients, two moments, the best so far, logits
+        if step.method.kind in ("training", *TRAINED):  # two models, gradients, two moments, the best so far, logits
             c = step.config
             logits = 4 * 4 * c.batch * c.length * model.config.vocab_size // c.accumulate
             memory = max(memory, _PYTHON_AND_TORCH + 4 * 6 * model.parameters_count + logits)
             whole = 4.0 * c.steps * c.batch * c.length * model.parameters_count / matmul_speed()
-            seconds += whole if c.minutes is None else min(whole, 60 * c.minutes)
+            cached = max(cached, 6 * c.steps * c.batch * c.length * getattr(c, "cache", 0))
+            minutes = getattr(c, "minutes", None)
+            seconds += whole if minutes is None else min(whole, 60 * minutes)
     seconds += 3.5 * tokens * weights * sum(epochs) / matmul_speed() if epochs else 0
     return {
         "memory_bytes": float(memory),
-        "disk_bytes": float(size + 4 * tokens * hidden * (2 if epochs else 1)),
+        "disk_bytes": float(size + 4 * tokens * hidden * (2 if epochs else 1) + cached),
         "size_bytes": float(size),
         "seconds": float(seconds),
     }

@@ -313,6 +313,10 @@ def _freed(step: Step) -> Step:
     return replace(step, constraint=replace(step.constraint, sparsity=None, pattern="unstructured", bits=4))
 
 
+TRAINED = ("gates", "projection")  # kinds of structured steps that train the whole model
+STRUCTURED = ("units", "blocks", *TRAINED)  # kinds of steps that make the model smaller
+
+
 def _check(recipe: Recipe) -> list[str]:
     """What can be said without a model."""
     out: list[str] = []
@@ -323,9 +327,9 @@ def _check(recipe: Recipe) -> list[str]:
             pending = step
             continue
         kinds = {s.method.kind for s in recipe.steps[:i]}
-        if step.method.kind in ("units", "blocks") and kinds - {"units", "blocks"}:
+        if step.method.kind in STRUCTURED and kinds - set(STRUCTURED):
             out.append(f"{where}: {step.name} makes the model smaller; it must come before every other kind of step")
-        mendable = {"solver"} if step.method.kind == "block" else {"solver", "units", "blocks"}
+        mendable = {"solver"} if step.method.kind == "block" else {"solver", *STRUCTURED}
         if step.method.kind in ("block", "training") and not kinds & mendable:
             out.append(f"{where}: {step.name} works on solved layers; put a pruning or quantization step before it")
         if step.method.kind == "block" and any(s.method.kind == "solver" for s in recipe.steps[i:]):
