@@ -32,7 +32,9 @@ from .allocate import Budgets, budgets_for, needs_held_out
 from .artefact import Artefact, LayerRecord, artefact_dtype
 from .blockwise import block_steps, work_on_block
 from .data import CalibrationSet, embed, load_calibration
+from .folding import folded_model
 from .healing import heal, training_steps
+from .operating import calibrator, operated, with_scales
 from .planning import Plan, make_plan
 from .recipe import Step
 from .stream import LayerResult, Spill, solve_stage, stream_block
@@ -103,7 +105,9 @@ def compress(
     model, removed = smaller_model(
         dense, checked, data.ids, work / "smaller", artefact_dtype(dense, checked.save.dtype), tick
     )
+    model, folded = folded_model(model, checked, data.ids, work / "folded", tick)
     stages["structured"] = time.perf_counter() - clock
+    model = operated(model, checked)
 
     clock = time.perf_counter()
     budgets, allocation = _budgets(work, model, made, data, tick)
@@ -121,6 +125,7 @@ def compress(
     sample = _first(load_file(_hidden_files(work)[model.blocks]))
     stages["blocks"] = time.perf_counter() - clock
 
+    model.operators = with_scales(model, {r.name: r.input_scale for r in records if r.input_scale is not None})
     healing: dict[str, Any] = {}
     for step in training_steps(checked):
         clock = time.perf_counter()
@@ -141,6 +146,8 @@ def compress(
         "calibration": identity["calibration"],
         "allocation": allocation,
         "structured": removed,
+        "folded": folded,
+        "operators": model.operators.describe(),
         "healing": healing,
         "layers": [asdict(r) for r in records],
         "dense_bytes": checkpoint.bytes,
@@ -178,7 +185,7 @@ def compress(
         *work.glob("gradients-*.safetensors"),
     ):
         leftover.unlink(missing_ok=True)
-    for folder in ("training", "smaller"):
+    for folder in ("training", "smaller", "folded"):
         shutil.rmtree(work / folder, ignore_errors=True)
     os.replace(work, target)
     return manifest | timings | {"out": str(target)}
@@ -316,8 +323,9 @@ def _blocks(
     for i in range(done, model.blocks):
         block = model.load_block(i)
         here, hidden, dense = _solve_block(
-            block, artefact, steps, gradients.block_extras(work, i), healing, hidden, dense, budgets, waiting, note
-        )
+            block, artefact, steps, gradients.block_extras(work, i), healing, hidden, dense, budgets, waiting, note,
+            calibrator(made.recipe),
+        )  # fmt: skip
         artefact.block(i, block)
         _dump(work / f"records-{i:05d}.json", [asdict(r) for r in here])
         _keep_hidden(work, i + 1, hidden, dense)
@@ -340,6 +348,7 @@ def _solve_block(
     budgets: Budgets,
     waiting: Spill | None,
     note: Note | None,
+    calibrate: Callable[[Tensor], float] | None = None,
 ) -> tuple[list[LayerRecord], list[Tensor], list[Tensor]]:
     """Solve and encode one block; returns its layers' records and what it gives to the next block, in both streams.
 
@@ -347,7 +356,7 @@ def _solve_block(
     """
     gram = any("gram" in s.method.needs for s, _ in steps)
     asked = max((getattr(s.config, "damping", 0.0) for s, _ in steps), default=0.0)
-    targets = [block.forward(h) for h in dense]
+    targets = _dense_targets(block, dense)
     inputs = list(hidden) if healing else []
     artefact.settle(block)
     solved: list[LayerResult] = []
@@ -370,12 +379,20 @@ def _solve_block(
             if damping and damping > asked * 1.001:
                 _say(note, f"{layer.name}: damping raised to {damping:g} until the Gram matrix was positive definite")
 
-    hidden = stream_block(block, hidden, solve, gram, waiting)
+    hidden = stream_block(block, hidden, solve, gram, waiting, calibrate=calibrate)
     if healing:
         healed = work_on_block(block, solved, inputs, dense, targets, healing)
         keep([r.layer for r in healed], healed)
         hidden = [block.forward(h) for h in inputs]
     return list(records.values()), hidden, targets
+
+
+def _dense_targets(block: Block, dense: Sequence[Tensor]) -> list[Tensor]:
+    """Outputs of the block as it is in the dense model, which has no operators."""
+    operators, block.operators = block.operators, None
+    targets = [block.forward(h) for h in dense]
+    block.operators = operators
+    return targets
 
 
 _PARTS = {"q": "attention", "k": "attention", "v": "attention", "qkv": "attention", "o": "attention"}

@@ -65,7 +65,7 @@ def heal(
         )
     judged = windows(tokens[-apart:], config.held_out, config.length)
     batches = Batches(tokens[:-apart], config.length, config.batch, config.seed)
-    student, before = _student(model, artefact, records, config, everything=dense is not model)
+    student, before = _student(model, artefact, records, config, everything=_shrunk(dense, model))
     teacher = Network(dense)
 
     def loss(batch: Tensor) -> Tensor:
@@ -93,6 +93,10 @@ def heal(
             hidden = block.forward(hidden)
     history = [{k: None if v != v else v for k, v in row.items()} for row in state.history]
     return Healed(new, hidden, history)
+
+
+def _shrunk(dense: Model, model: Model) -> bool:
+    return dense.blocks != model.blocks or dense.linears(0) != model.linears(0)
 
 
 def _student(
