@@ -172,6 +172,15 @@ def test_operators_survive_resuming_and_compressing_again(random_checkpoint, tmp
     assert load(tmp_path / "a") is not None
 
 
+def test_a_static_artefact_can_be_healed(trained, tmp_path):
+    steps = [
+        INT8, {"use": "activations", "per": "tensor"},
+        {"use": "heal", "steps": 2, "batch": 2, "length": 32, "held_out": 1, "warmup": 1, "evaluate_every": 2},
+    ]  # fmt: skip
+    made = compress(trained, tmp_path / "out", steps, overrides=[*SMALL, "format=compressed-tensors"])
+    assert "rounded" in made["verified"]["transformers"]
+
+
 def test_a_rotation_at_run_time_is_refused_by_loaders_that_do_not_turn(random_checkpoint, tmp_path):
     steps = [{"use": "quarot", "online": True}, INT4]
     compress(random_checkpoint("llama"), tmp_path / "out", steps, overrides=[*SMALL, "format=packed"])

@@ -52,6 +52,9 @@ class LayerRecord:
     input_scale: float | None = None
 
 
+_NOT_WEIGHTS = {"bias", "input_scale"}  # of a layer, beside what its codec wrote
+
+
 def artefact_dtype(model: Model, wanted: str) -> torch.dtype:
     """``auto``: the checkpoint's own dtype; half precision for GGUF, whose tensors are dequantized from blocks."""
     if wanted != "auto":
@@ -121,6 +124,7 @@ class Artefact:
     def read(self, i: int) -> dict[str, StoredLayer]:
         """The encoded layers of block ``i`` as its finished part holds them."""
         tensors, entries = self.writer.read(f"block-{i:05d}")
+        tensors = {k: t for k, t in tensors.items() if k.rpartition(".")[2] not in _NOT_WEIGHTS}
         return {
             name: self.codec.decode(
                 {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}, entry

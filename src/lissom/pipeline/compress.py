@@ -30,7 +30,7 @@ from . import gradients
 from . import recipe as recipes
 from .allocate import Budgets, budgets_for, needs_held_out
 from .artefact import Artefact, LayerRecord, artefact_dtype
-from .blockwise import block_steps, work_on_block
+from .blockwise import block_steps, dense_targets, work_on_block
 from .data import CalibrationSet, embed, load_calibration
 from .folding import folded_model
 from .healing import heal, training_steps
@@ -356,7 +356,7 @@ def _solve_block(
     """
     gram = any("gram" in s.method.needs for s, _ in steps)
     asked = max((getattr(s.config, "damping", 0.0) for s, _ in steps), default=0.0)
-    targets = _dense_targets(block, dense)
+    targets = dense_targets(block, dense)
     inputs = list(hidden) if healing else []
     artefact.settle(block)
     solved: list[LayerResult] = []
@@ -385,14 +385,6 @@ def _solve_block(
         keep([r.layer for r in healed], healed)
         hidden = [block.forward(h) for h in inputs]
     return list(records.values()), hidden, targets
-
-
-def _dense_targets(block: Block, dense: Sequence[Tensor]) -> list[Tensor]:
-    """Outputs of the block as it is in the dense model, which has no operators."""
-    operators, block.operators = block.operators, None
-    targets = [block.forward(h) for h in dense]
-    block.operators = operators
-    return targets
 
 
 _PARTS = {"q": "attention", "k": "attention", "v": "attention", "qkv": "attention", "o": "attention"}

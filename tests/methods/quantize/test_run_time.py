@@ -90,6 +90,15 @@ def test_a_query_reads_what_a_growing_cache_would_hold(per, recent):
                 assert torch.equal(alone, stored[:, :, j])
 
 
+def test_what_is_not_finite_is_named():
+    bad = sample(2, 8)
+    bad[1, 2] = float("nan")
+    with pytest.raises(NumericalError, match="not finite"):
+        round_input(bad, 8)
+    with pytest.raises(NumericalError, match="zero: integer"):
+        fake_cache(sample(1, 1, 4, 8) * 1e6, CacheGrid(4, "token", 8))
+
+
 def test_settings_are_checked():
     for bad in ({"bits": 1}, {"bits": 9}, {"group_size": 0}, {"recent": -1}, {"key_bits": 12}):
         with pytest.raises(ValueError):

@@ -127,11 +127,15 @@ def round_input(x: Tensor, bits: int, scale: float | None = None) -> Tensor:
     """``x: (…, in)`` on symmetric codes −2^(b−1) … 2^(b−1) − 1, simulated.
 
     ``scale`` None: ``s = 2 max|x| / (2^b − 1)`` of each token. The arithmetic is compressed-tensors' (every code is used,
-    the largest magnitude lies half a step beyond the last one), so that its engines give the same numbers.
+    the largest magnitude lies half a step beyond the last one), so that its engines give the same numbers. Raises :class:`NumericalError` for NaN and Inf.
     """
     half = 2.0 ** (bits - 1)
     if scale is None:
         s = x.abs().amax(-1, keepdim=True) / ((2.0**bits - 1) / 2)
+        if not bool(torch.isfinite(s).all()):
+            raise NumericalError(
+                "an activation is not finite: no scale can hold it; the checkpoint overflows on this text"
+            )
         s = torch.where(s == 0, torch.full_like(s, torch.finfo(s.dtype).eps), s)
     else:
         s = torch.tensor(scale, dtype=x.dtype)

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ...core import NumericalError
 from . import ranges
 from .common import half
 
@@ -55,6 +56,10 @@ def encode_groups(x: Tensor, bits: int) -> CacheCodes:
     """Min-max codes of ``x: (groups, n)``; the low end need not be a multiple of the scale."""
     low = half(x.amin(1, keepdim=True))
     scale = half((x.amax(1, keepdim=True) - low) / (2**bits - 1))
+    if not bool((torch.isfinite(low) & torch.isfinite(scale)).all()):
+        raise NumericalError(
+            "keys or values beyond half precision cannot be cached with `zero: low`; use zero: integer"
+        )
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     values = torch.round((x - low) / scale).clamp(0, 2**bits - 1)
     return CacheCodes(values.to(torch.uint8), scale, low)
