@@ -66,6 +66,9 @@ def test_smoothing_levels_activations_and_all_folds_compose(tmp_path):
     assert sum(p["activation_peak_smooth"] < p["activation_peak"] for p in peaks) > len(peaks) / 2
     assert not any(name.endswith("o_proj") for name in notes[1]["layers"])
     assert not made.tied and model.tied
+    # down's input is rotated at run time: no factor can go through the rotation into up
+    assert not any(name.endswith("down_proj") for name in notes[1]["layers"])
+    assert any("down: its input is rotated" in w for w in plan(tmp_path / "dense", recipe).warnings)
 
 
 @pytest.mark.parametrize("step", ["smoothquant", "awq", "quarot"])

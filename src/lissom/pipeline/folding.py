@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,10 @@ class Written:
 def fold_problems(model: Model, recipe: Recipe, warnings: list[str]) -> list[str]:
     """Steps whose factors or rotations cannot be fused into this model."""
     out: list[str] = []
+    turned = set(model.operators.turn_inputs)
     for step in folding_steps(recipe):
         if step.method.kind == "rotation":
+            turned |= {3} if step.config.online else set()
             why = rotation_refusal(model.architecture, model.config)
             if why and step.config.stream:
                 out.append(f"{step.name}: the hidden states cannot be turned in {why}; set stream=false")
@@ -64,7 +66,7 @@ def fold_problems(model: Model, recipe: Recipe, warnings: list[str]) -> list[str
             continue
         if step.name == "awq" and _next_grid(recipe, step) is None:
             out.append("awq: without bits it folds for the step after it, and no later step has bits")
-        sources = [_source(model, 0, stage) for stage in range(4)]
+        sources = [_source(model, 0, stage, turned) for stage in range(4)]
         chosen = [(s, src) for s, src in enumerate(sources) if any(wanted(la, step.constraint) for la in _at(model, s))]
         refused = [src for _, src in chosen if isinstance(src, str) and "whose step folds for both" not in src]
         if step.constraint.only and refused:
@@ -105,8 +107,11 @@ def _at(model: Model, stage: int) -> list[Linear]:
     return [la for la in model.linears(0) if la.stage == stage]
 
 
-def _source(model: Model, i: int, stage: int) -> Source | str:
+def _source(model: Model, i: int, stage: int, turned: Collection[int]) -> Source | str:
+    """Where a factor for the stage's input can go; ``turned``: stages whose inputs are rotated at run time."""
     row = model.architecture
+    if stage in turned:
+        return f"{_at(model, stage)[0].role}: its input is rotated at run time, which does not commute with a factor"
     return source_of(row, model.config, model.prefix + row.layer.format(i), model.linears(i), stage)
 
 
@@ -132,7 +137,7 @@ def fold_model(
         def visit(
             stage: tuple[Linear, ...], stats: Stats, i: int = i, block: Block = block, found: list = found
         ) -> None:
-            source = _source(model, i, stage[0].stage)
+            source = _source(model, i, stage[0].stage, model.operators.turn_inputs)
             if isinstance(source, str) or not any(wanted(la, step.constraint) for la in stage):
                 return
             weight = torch.cat([block.weight(la.name) for la in source.readers])
