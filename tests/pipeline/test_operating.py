@@ -175,7 +175,7 @@ def test_operators_survive_resuming_and_compressing_again(random_checkpoint, tmp
 def test_a_static_artefact_can_be_healed(trained, tmp_path):
     steps = [
         INT8, {"use": "activations", "per": "tensor"},
-        {"use": "heal", "steps": 2, "batch": 2, "length": 32, "held_out": 1, "warmup": 1, "evaluate_every": 2},
+        {"use": "heal", "steps": 2, "batch": 2, "length": 32, "held_out": 1, "evaluate_every": 2},
     ]  # fmt: skip
     made = compress(trained, tmp_path / "out", steps, overrides=[*SMALL, "format=compressed-tensors"])
     assert "rounded" in made["verified"]["transformers"]
