@@ -198,6 +198,7 @@ def test_a_rotation_at_run_time_is_refused_by_loaders_that_do_not_turn(random_ch
         ("bert", [INT8, {"use": "kv-cache"}], [], "keeps no cache"),
         ("llama", [INT8, {"use": "kv-cache", "group_size": 5}], [], "do not divide heads of 8"),
         ("llama", [INT8, {"use": "kv-cache"}], ["format=compressed-tensors"], "keys per token, zero: integer"),
+        ("llama", [INT8, CT_CACHE | {"group_size": 64}], ["format=compressed-tensors"], "divides heads of 8"),
         ("llama", [INT8 | {"only": ["o"]}, {"use": "activations"}], ["format=compressed-tensors"], "has no bits"),
     ],
 )

@@ -103,12 +103,14 @@ def _format_problems(model: Model, recipe: Recipe, operators: Operators) -> list
             )
     if operators.cache:
         keys, values = operators.cache
+        size = Sizes.of(model.architecture, model.config).head_dim
         wrong = [
             text
             for text, bad in (
                 ("keys per token", keys.per != "token"), ("values per token", values.per != "token"),
                 ("zero: integer", keys.zero != "integer"), ("recent: 0", keys.recent > 0),
                 ("equal bits of keys and values", keys.bits != values.bits), ("rotate: false", operators.turn_heads),
+                (f"a group_size that divides heads of {size}", size % keys.group),
             ) if bad
         ]  # fmt: skip
         if wrong:

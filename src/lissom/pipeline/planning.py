@@ -257,9 +257,11 @@ def estimate(model: Model, recipe: Recipe, layers: list[Linear], tokens: int) ->
             whole = 4.0 * c.steps * c.batch * c.length * model.parameters_count / matmul_speed()
             seconds += whole if c.minutes is None else min(whole, 60 * c.minutes)
     seconds += 3.5 * tokens * weights * sum(epochs) / matmul_speed() if epochs else 0
+    # dense float32 checkpoints of the steps that rewrite weights
+    folded = 4 * model.parameters_count * sum(s.method.kind in ("fold", "rotation") for s in recipe.steps)
     return {
         "memory_bytes": float(memory),
-        "disk_bytes": float(size + 4 * tokens * hidden * (2 if epochs else 1)),
+        "disk_bytes": float(size + folded + 4 * tokens * hidden * (2 if epochs else 1)),
         "size_bytes": float(size),
         "seconds": float(seconds),
     }
