@@ -13,7 +13,8 @@ from ..core import Both, Budget, LayerSummary, Problem, Stack
 from ..evaluate import token_losses
 from ..models import Linear, Model
 from .data import CalibrationSet, embed
-from .planning import Plan, allocation_for, allocation_samples, wanted
+from .layers import wanted
+from .planning import Plan, allocation_for, allocation_samples
 from .recipe import Step
 from .stream import LayerResult, solve_stage, stream_block
 

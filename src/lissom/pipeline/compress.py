@@ -31,10 +31,12 @@ from . import gradients
 from . import recipe as recipes
 from .allocate import Budgets, budgets_for, needs_held_out
 from .artefact import Artefact, LayerRecord, artefact_dtype
-from .blockwise import block_steps, work_on_block
+from .blockwise import block_steps, dense_targets, work_on_block
 from .data import CalibrationSet, embed, load_calibration
+from .folding import folded_model
 from .healing import heal, training_steps
 from .lock import alone
+from .operating import calibrator, operated, with_scales
 from .planning import Plan
 from .recipe import Step
 from .shapes import structured_plan
@@ -147,7 +149,9 @@ def _compress(
     model, removed = smaller_model(
         dense, checked, data.ids, work / "smaller", artefact_dtype(dense, checked.save.dtype), tick
     )
+    model, folded = folded_model(model, checked, data.ids, work / "folded", tick)
     stages["structured"] = time.perf_counter() - clock
+    model = operated(model, checked)
 
     clock = time.perf_counter()
     budgets, allocation = _budgets(work, model, made, data, tick)
@@ -167,6 +171,7 @@ def _compress(
     sample = _first(load_file(_hidden_files(work)[model.blocks]))
     stages["blocks"] = time.perf_counter() - clock
 
+    model.operators = with_scales(model, {r.name: r.input_scale for r in records if r.input_scale is not None})
     healing: dict[str, Any] = {}
     for step in training_steps(checked):
         clock = time.perf_counter()
@@ -188,6 +193,8 @@ def _compress(
         "allocation": allocation,
         "structured": removed,
         "targets": targets,
+        "folded": folded,
+        "operators": model.operators.describe(),
         "healing": healing,
         "layers": [asdict(r) for r in records],
         "dense_bytes": checkpoint.bytes,
@@ -226,7 +233,7 @@ def _compress(
         *work.glob("gradients-*.safetensors"),
     ):
         leftover.unlink(missing_ok=True)
-    for folder in ("training", "smaller", "curves"):
+    for folder in ("training", "smaller", "curves", "folded"):
         shutil.rmtree(work / folder, ignore_errors=True)
     os.replace(work, target)
     return manifest | timings | {"out": str(target)}
@@ -365,8 +372,9 @@ def _blocks(
     for i in range(done, model.blocks):
         block = model.load_block(i)
         here, hidden, dense = _solve_block(
-            block, artefact, steps, gradients.block_extras(work, i), healing, hidden, dense, budgets, waiting, note
-        )
+            block, artefact, steps, gradients.block_extras(work, i), healing, hidden, dense, budgets, waiting, note,
+            calibrator(made.recipe),
+        )  # fmt: skip
         artefact.block(i, block)
         _dump(work / f"records-{i:05d}.json", [asdict(r) for r in here])
         _keep_hidden(work, i + 1, hidden, dense)
@@ -389,6 +397,7 @@ def _solve_block(
     budgets: Budgets,
     waiting: Spill | None,
     note: Note | None,
+    calibrate: Callable[[Tensor], float] | None = None,
 ) -> tuple[list[LayerRecord], list[Tensor], list[Tensor]]:
     """Solve and encode one block; returns its layers' records and what it gives to the next block, in both streams.
 
@@ -396,7 +405,7 @@ def _solve_block(
     """
     gram = any("gram" in s.method.needs for s, _ in steps)
     asked = max((getattr(s.config, "damping", 0.0) for s, _ in steps), default=0.0)
-    targets = [block.forward(h) for h in dense]
+    targets = dense_targets(block, dense)
     inputs = list(hidden) if healing else []
     artefact.settle(block)
     solved: list[LayerResult] = []
@@ -419,7 +428,7 @@ def _solve_block(
             if damping and damping > asked * 1.001:
                 _say(note, f"{layer.name}: damping raised to {damping:g} until the Gram matrix was positive definite")
 
-    hidden = stream_block(block, hidden, solve, gram, waiting)
+    hidden = stream_block(block, hidden, solve, gram, waiting, calibrate=calibrate)
     if healing:
         healed = work_on_block(block, solved, inputs, dense, targets, healing)
         keep([r.layer for r in healed], healed)

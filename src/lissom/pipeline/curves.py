@@ -30,7 +30,8 @@ from ..methods.allocate.spend import Option
 from ..models import Linear, Model
 from . import gradients
 from .data import CalibrationSet, embed
-from .planning import CURVE_WEIGHTS, constraint_for, wanted
+from .layers import constraint_for, wanted
+from .planning import CURVE_WEIGHTS
 from .prices import (
     EMBEDDING,
     EMBEDDING_BITS,

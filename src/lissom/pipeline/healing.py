@@ -101,7 +101,7 @@ def heal(
         )
     judged = windows(tokens[-apart:], config.held_out, config.length)
     batches = Batches(tokens[:-apart], config.length, config.batch, config.seed)
-    student, before = _student(model, artefact, records, config, everything=dense is not model)
+    student, before = _student(model, artefact, records, config, everything=_shrunk(dense, model))
     teacher = teacher_of(dense, step)
     if config.cache:
         loss = _cached_loss(teacher, student, batches, config, folder / "teacher")
@@ -156,6 +156,10 @@ def _cached_loss(
     cache_teacher(Network(dense), batches, range(config.steps), config.cache, folder)
     dense.release()
     return loss_against_cache(student, folder, config.objective())
+
+
+def _shrunk(dense: Model, model: Model) -> bool:
+    return dense.blocks != model.blocks or dense.linears(0) != model.linears(0)
 
 
 def _student(

@@ -11,7 +11,7 @@ import torch
 from ..core import Budget
 from ..export import LayerPlan, expected_bytes
 from ..models import Linear, Model
-from .planning import constraint_for
+from .layers import constraint_for
 from .recipe import ConstraintSettings, Save
 
 EMBEDDING_BITS = (3, 4, 5, 6, 8)

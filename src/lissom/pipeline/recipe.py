@@ -122,7 +122,7 @@ class Recipe:
         steps = []
         for step in self.steps:
             entry: dict[str, Any] = {"use": step.name}
-            if step.method.kind == "solver":
+            if step.method.kind in ("solver", "fold"):
                 entry |= {k: v for k, v in dataclasses.asdict(step.constraint).items() if v not in (None, ())}
             entry |= dataclasses.asdict(step.config)
             steps.append(_plain(entry))
@@ -303,6 +303,8 @@ def _step(entry: dict[str, Any], index: int, problems: list[str]) -> Step:
     constraint = build(ConstraintSettings, shared, where, problems)
     if constraint.per is None:
         constraint = replace(constraint, per=method.comparison)  # type: ignore[arg-type]
+    if method.fold is not None and constraint.bits == 16:
+        method = replace(method, kind="fold")
     return Step(method, config, constraint)
 
 
@@ -329,6 +331,12 @@ def _check(recipe: Recipe) -> list[str]:
         kinds = {s.method.kind for s in recipe.steps[:i]}
         if step.method.kind in STRUCTURED and kinds - set(STRUCTURED):
             out.append(f"{where}: {step.name} makes the model smaller; it must come before every other kind of step")
+        if step.method.kind in ("fold", "rotation") and kinds & {"solver", "block", "training"}:
+            out.append(
+                f"{where}: {step.name} rewrites the weights before they are compressed; put it before those steps"
+            )
+        if step.method.kind == "fold" and (c.prunes or c.pattern != "unstructured"):
+            out.append(f"{where}: {step.name} does not prune; put a pruning step after it")
         mendable = {"solver"} if step.method.kind == "block" else {"solver", *STRUCTURED}
         if step.method.kind in ("block", "training") and not kinds & mendable:
             out.append(f"{where}: {step.name} works on solved layers; put a pruning or quantization step before it")

@@ -29,7 +29,8 @@ from .allocate import Budgets, allocation_samples, trial
 from .artefact import artefact_dtype
 from .curves import EMBEDDING, Options, embedding_options, layer_options, mean_kl, outer_as_saved, tilted
 from .data import CalibrationSet
-from .planning import Plan, wanted
+from .layers import wanted
+from .planning import Plan
 from .prices import fixed_bytes, header_bytes, limits
 from .recipe import Recipe, Save
 from .stream import LayerResult
