@@ -26,6 +26,8 @@ class Method:
     ``units``      ``run(problem: UnitProblem, config) -> Tensor``: scores of the heads or neurons of one block, before
                    anything else; ``keep_heads`` and ``keep_neurons`` of the config say how many remain
     ``blocks``     ``run(influences: list[float], config) -> list[int]``: the blocks that remain
+    ``permutation`` ``run(weight, norm, columns, segments, n, m, config) -> (order, before, after)``: an order of the channels that a
+                   layer reads, before anything else; the pipeline folds it into the weights on both sides
     ``transform``  ``run(model, context, config) -> model``: rewrites or trains the whole model
     =============  ==========================================================================
 

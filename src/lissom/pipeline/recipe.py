@@ -28,6 +28,9 @@ from ..core import Method, RecipeError
 from ..methods import METHODS
 from .settings import build, suggest
 
+# kinds of steps that make another dense checkpoint, from which the rest of the run starts
+REWRITES = frozenset({"units", "blocks", "permutation"})
+
 
 @dataclass(frozen=True)
 class ConstraintSettings:
@@ -310,8 +313,8 @@ def _check(recipe: Recipe) -> list[str]:
             pending = step
             continue
         kinds = {s.method.kind for s in recipe.steps[:i]}
-        if step.method.kind in ("units", "blocks") and kinds - {"units", "blocks"}:
-            out.append(f"{where}: {step.name} makes the model smaller; it must come before every other kind of step")
+        if step.method.kind in REWRITES and kinds - REWRITES:
+            out.append(f"{where}: {step.name} rewrites the dense model; it must come before every other kind of step")
         mendable = {"solver"} if step.method.kind == "block" else {"solver", "units", "blocks"}
         if step.method.kind in ("block", "training") and not kinds & mendable:
             out.append(f"{where}: {step.name} works on solved layers; put a pruning or quantization step before it")

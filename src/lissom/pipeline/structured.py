@@ -25,7 +25,8 @@ from ..models.layout import Sizes, block_parts
 from ..models.units import KINDS, refusal, smaller_block, smaller_config, units_of
 from . import gradients
 from .data import embed
-from .recipe import Recipe, Step
+from .permutation import pattern_of, permute_blocks
+from .recipe import REWRITES, Recipe, Step
 from .stream import stream_block
 
 Tick = Callable[[str, int, int], None]
@@ -33,7 +34,7 @@ _MULTIPLE = 32  # neurons that remain are a multiple of this, so that groups of 
 
 
 def structured_steps(recipe: Recipe) -> list[Step]:
-    return [s for s in recipe.steps if s.method.kind in ("units", "blocks")]
+    return [s for s in recipe.steps if s.method.kind in REWRITES]
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,10 @@ class Planned:
 def planned_model(model: Model, recipe: Recipe) -> Model:
     """``model`` as the recipe's structured steps will leave it, without weights; itself when there are none."""
     for step in structured_steps(recipe):
-        model = Model(Planned(model, step))
+        if step.method.kind == "permutation":
+            pattern_of(model, step)
+        else:
+            model = Model(Planned(model, step))
     return model
 
 
@@ -161,16 +165,22 @@ def rewrite(
 ) -> dict[str, Any]:
     """Write the smaller model into ``folder``; ``ids`` (samples, tokens). Returns what was kept, for the manifest."""
     writer = ArtefactWriter(folder)
-    shape = shape_after(model, step)
     hidden = embed(model, ids)
     config, record = model.config, {"step": step.name, "heads": {}, "neurons": {}}
-    if step.method.kind == "blocks":
+    if step.method.kind == "permutation":
+
+        def write(i: int, block: Block) -> None:
+            writer.add(f"block-{i:05d}", {k: v.to(dtype).contiguous() for k, v in block.tensors().items()})
+
+        record |= permute_blocks(model, step, hidden, write, tick)
+    elif step.method.kind == "blocks":
         keep, influences = _choose_blocks(model, step, hidden)
         record |= {"blocks": keep, "influence": influences}
         for j, i in enumerate(keep):
             writer.add(f"block-{j:05d}", _renamed(model, model.load_block(i), i, j, dtype))
         config = smaller_config(model.architecture, config, None, None, keep)
     else:
+        shape = shape_after(model, step)
         config = smaller_config(model.architecture, config, shape.heads, shape.neurons, range(model.blocks))
         biased = _bias_switches(model, step)
         for switch in biased:
