@@ -36,6 +36,8 @@ class Method:
                    left to the run
     ``operator``   ``run(x, …)``: what the run does to activations or to the cache, simulated; the step is recorded in the
                    artefact, and every forward pass honours it
+    ``permutation`` ``run(weight, norm, columns, segments, n, m, config) -> (order, before, after)``: an order of the channels that a
+                   layer reads, before anything else; the pipeline folds it into the weights on both sides
     ``transform``  ``run(model, context, config) -> model``: rewrites or trains the whole model
     =============  ==========================================================================
 

@@ -22,7 +22,7 @@ from .files import verify_file
 from .layout import DTYPES, Codec, StoredLayer, shape_of
 from .packed import VERSION, Packed
 
-_PACKED_NAMES = ("codes", "values", "scale", "zero", "mask", "counts", "ranks", "index")
+_PACKED_NAMES = ("codes", "values", "scale", "zero", "mask", "counts", "ranks", "index", "left", "right")
 
 
 class OpenedCheckpoint:

@@ -317,6 +317,7 @@ def _freed(step: Step) -> Step:
 
 TRAINED = ("gates", "projection")  # kinds of structured steps that train the whole model
 STRUCTURED = ("units", "blocks", *TRAINED)  # kinds of steps that make the model smaller
+REWRITES = (*STRUCTURED, "permutation")  # … that make another dense checkpoint, from which the rest of the run starts
 
 
 def _check(recipe: Recipe) -> list[str]:
@@ -329,8 +330,8 @@ def _check(recipe: Recipe) -> list[str]:
             pending = step
             continue
         kinds = {s.method.kind for s in recipe.steps[:i]}
-        if step.method.kind in STRUCTURED and kinds - set(STRUCTURED):
-            out.append(f"{where}: {step.name} makes the model smaller; it must come before every other kind of step")
+        if step.method.kind in REWRITES and kinds - set(REWRITES):
+            out.append(f"{where}: {step.name} rewrites the dense model; it must come before every other kind of step")
         if step.method.kind in ("fold", "rotation") and kinds & {"solver", "block", "training"}:
             out.append(
                 f"{where}: {step.name} rewrites the weights before they are compressed; put it before those steps"

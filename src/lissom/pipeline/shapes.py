@@ -19,6 +19,7 @@ from ..models import Model
 from ..models.layout import Sizes, block_parts, outer_parts
 from ..models.units import KINDS, refusal, smaller_config
 from .healing import teacher_problems
+from .permutation import pattern_of
 from .planning import Plan, make_plan
 from .recipe import STRUCTURED, TRAINED, Recipe, Step
 
@@ -185,8 +186,11 @@ class Planned:
 
 def planned_model(model: Model, recipe: Recipe) -> Model:
     """``model`` as the recipe's structured steps will leave it, without weights; itself when there are none."""
-    for step in structured_steps(recipe):
-        model = Model(Planned(model, step))
+    for step in recipe.steps:
+        if step.method.kind == "permutation":
+            pattern_of(model, step)
+        elif step.method.kind in STRUCTURED:
+            model = Model(Planned(model, step))
     return model
 
 

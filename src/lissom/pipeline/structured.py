@@ -28,8 +28,9 @@ from ..models.units import KINDS, masked, smaller_block, smaller_config, units_o
 from . import gradients
 from .data import embed
 from .gated import train_units
-from .recipe import TRAINED, Recipe, Step
-from .shapes import Shape, full_shape, mean_shape, shape_after, structured_steps
+from .permutation import permute_blocks
+from .recipe import REWRITES, TRAINED, Recipe, Step
+from .shapes import Shape, full_shape, mean_shape, shape_after
 from .stream import stream_block
 
 Tick = Callable[[str, int, int], None]
@@ -43,7 +44,7 @@ def smaller_model(
     A step that is complete on disk is not done again; one that was killed starts again.
     """
     record = []
-    for number, step in enumerate(structured_steps(recipe)):
+    for number, step in enumerate(s for s in recipe.steps if s.method.kind in REWRITES):
         place = folder / str(number)
         done = place / "kept.json"
         if not done.exists():
@@ -53,6 +54,8 @@ def smaller_model(
                 made = cut_out(
                     model, step, ids, place, folder / f"{number}-training", recipe.calibration.data, dtype, tick
                 )
+            elif step.method.kind == "permutation":
+                made = permuted(model, step, ids, place, dtype, tick)
             else:
                 made = rewrite(model, step, ids, place, dtype, tick)
             write_json(done, made)
@@ -115,6 +118,24 @@ def rewrite(
     writer.add("outer", {n: (t.to(dtype) if t.is_floating_point() else t) for n, t in outer.items()})
     writer.finish(_View(config, model.checkpoint.copy_assets), dtype)  # type: ignore[arg-type]
     shutil.rmtree(folder / "narrow", ignore_errors=True)
+    return record
+
+
+@torch.no_grad()
+def permuted(
+    model: Model, step: Step, ids: Tensor, folder: Path, dtype: torch.dtype, tick: Tick | None = None
+) -> dict[str, Any]:
+    """Write the same function with reordered channels into ``folder``. Returns the orders' gains, for the manifest."""
+    writer = ArtefactWriter(folder)
+
+    def write(i: int, block: Block) -> None:
+        writer.add(f"block-{i:05d}", {k: v.to(dtype).contiguous() for k, v in block.tensors().items()})
+
+    record = {"step": step.name, "heads": {}, "neurons": {}}
+    record |= permute_blocks(model, step, embed(model, ids), write, tick)
+    outer = {n: model.checkpoint.tensor(n) for n in model.outer_names()}
+    writer.add("outer", {n: (t.to(dtype) if t.is_floating_point() else t) for n, t in outer.items()})
+    writer.finish(_View(model.config, model.checkpoint.copy_assets), dtype)  # type: ignore[arg-type]
     return record
 
 
