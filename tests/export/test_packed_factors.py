@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import lissom
 from lissom.core import NM, FormatError, Problem, Sparse, Stats, stored_bits
 from lissom.export.layout import Layout
 from lissom.export.packed import Packed
@@ -32,3 +33,15 @@ def test_damaged_factors_are_named():
         codec.decode({k: v for k, v in tensors.items() if k != "left"}, entry)
     with pytest.raises(FormatError, match="right must be float16"):
         codec.decode(tensors | {"right": tensors["right"][:-1]}, entry)
+
+
+def test_a_run_with_oats_is_loaded_back_and_takes_fewer_bytes_than_its_dense_form(random_checkpoint, tmp_path):
+    steps = [{"use": "oats", "sparsity": 0.5, "alternations": 3}]
+    small = ["calibration.samples=2", "calibration.length=24"]
+    sizes = {}
+    for form in ("packed", "dense"):
+        recipe = {"steps": steps, "save": {"format": form, "dtype": "float16"}}
+        made = lissom.compress(random_checkpoint("llama"), tmp_path / form, recipe, overrides=small)
+        assert "decode bit for bit" in made["verified"]["layers"]
+        sizes[form] = sum(layer["bytes"] for layer in made["layers"])
+    assert sizes["packed"] < 0.85 * sizes["dense"]

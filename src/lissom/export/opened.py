@@ -125,11 +125,12 @@ class OpenedCheckpoint:
         return shape[::-1] if self.entries[layer].get("transposed") else shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """float32 for quantized matrices: their decoded values need it."""
+        """float32 for quantized matrices and sums with factors: their decoded values need it."""
         layer = self._encoded(name)
         if layer is None:
             return self._files[name][1].dtype if name in self._files else self.base.dtype(name)
-        return DTYPES.get(str(self.entries[layer].get("dtype")), torch.float32)
+        entry = self.entries[layer]
+        return torch.float32 if "rank" in entry else DTYPES.get(str(entry.get("dtype")), torch.float32)
 
     def tensor(self, name: str) -> Tensor:
         """One tensor in the Hugging Face layout, decoded."""
