@@ -43,7 +43,7 @@ from .shapes import structured_plan
 from .sizing import check_target, chosen_save, expectation, size_budgets, with_choice
 from .stream import LayerResult, Spill, solve_stage, stream_block
 from .structured import smaller_model
-from .targets import with_targets
+from .structured_targets import with_targets
 from .verify import verify
 
 _ERROR_SAMPLES = 4  # samples for the reported errors of methods that need no data themselves

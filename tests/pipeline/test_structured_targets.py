@@ -11,7 +11,7 @@ from lissom.models import Model
 from lissom.pipeline import compress, plan
 from lissom.pipeline.recipe import read
 from lissom.pipeline.shapes import planned_model
-from lissom.pipeline.targets import LatencyTable, with_targets
+from lissom.pipeline.structured_targets import LatencyTable, with_targets
 
 SMALL = ["calibration.samples=4", "calibration.length=24"]
 
@@ -78,7 +78,7 @@ def test_a_measured_time_is_taken_once_and_grows_with_the_matrix():
 
 
 def test_the_latency_table_of_a_run_is_in_the_manifest(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr("lissom.pipeline.targets.LatencyTable", _Counted)  # tiny matrices are all overhead
+    monkeypatch.setattr("lissom.pipeline.structured_targets.LatencyTable", _Counted)  # tiny matrices are all overhead
     step = {"use": "random", "keep_neurons": 0.25, "target": 0.95, "of": "latency"}
     made = compress(trained, tmp_path / "out", [step], overrides=SMALL)
     found = made["targets"][0]
