@@ -15,8 +15,9 @@ import torch
 from lissom.export import open_model
 from lissom.kernels import extension, isa
 from lissom.models import Model
-from lissom.run.bench import llama_contender, rounding, some_tokens
+from lissom.run.bench import llama_contender, some_tokens
 from lissom.run.engine import Engine
+from lissom.run.rounding import rounding
 
 
 def run_engine(engine, prompt, new, greedy):

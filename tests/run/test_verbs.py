@@ -8,9 +8,10 @@ from typer.testing import CliRunner
 
 from lissom.core import LissomError
 from lissom.kernels import extension
-from lissom.run.bench import bench, llama_contender, rounding
+from lissom.run.bench import bench, llama_contender
 from lissom.run.commands import add_commands
-from lissom.run.generate import generate
+from lissom.run.generation import generate
+from lissom.run.rounding import rounding
 from tiny import tiny_model
 
 pytestmark = pytest.mark.skipif(extension is None, reason="needs the C++ extension")

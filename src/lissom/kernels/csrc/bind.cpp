@@ -4,6 +4,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
 
 #include <map>
 #include <mutex>
@@ -60,6 +61,23 @@ NB_MODULE(_C, m) {
             },
             nb::arg("kind"), nb::arg("values"), nb::arg("scale"), nb::arg("zero"), nb::arg("mask").none(), nb::arg("width"), nb::arg("G"), nb::arg("N"),
             nb::arg("spill"))
+        // Over bytes that stay where they are (`data` is kept alive), as `parts` described them.
+        .def_static(
+            "borrow",
+            [](int kind, int rows, int columns, int G, int N, int zeros, int zero, bool spill, In<uint8_t, 1> data) {
+                return borrow((Kind)kind, rows, columns, G, N, zeros, zero, spill, data.data(), data.shape(0));
+            },
+            nb::arg("kind"), nb::arg("rows"), nb::arg("columns"), nb::arg("G"), nb::arg("N"), nb::arg("zeros"), nb::arg("zero"), nb::arg("spill"),
+            nb::arg("data"), nb::keep_alive<0, 9>())
+        .def_prop_ro("parts",
+                     [](const Matrix &x) {
+                         const View &v = x.view;
+                         return std::vector<int>{v.kind, v.rows, v.columns, v.G, v.N, v.zeros, v.zero, v.spill};
+                     })
+        // The packed bytes, with the slack that `borrow` needs; valid as long as the matrix.
+        .def_prop_ro(
+            "data", [](const Matrix &x) { return nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>>(x.view.data, {x.bytes + SLACK}); },
+            nb::rv_policy::reference_internal)
         .def_prop_ro("kind", [](const Matrix &x) { return (int)x.view.kind; })
         .def_prop_ro("rows", [](const Matrix &x) { return x.view.rows; })
         .def_prop_ro("columns", [](const Matrix &x) { return x.view.columns; })
@@ -93,6 +111,15 @@ NB_MODULE(_C, m) {
                             throw nb::value_error("alpha must be (bits, rows, groups), offset (rows, groups)");
                         return pack_bcq((int)rows, (int)columns, width, (int)bits, signs.data(), alpha.data(), offset.data(), G);
                     })
+        .def_static("borrow",
+                    [](int rows, int columns, int G, int bits, In<uint8_t, 1> data) {
+                        return borrow_bcq(rows, columns, G, bits, data.data(), data.shape(0));
+                    },
+                    nb::arg("rows"), nb::arg("columns"), nb::arg("G"), nb::arg("bits"), nb::arg("data"), nb::keep_alive<0, 5>())
+        .def_prop_ro("parts", [](const Bcq &x) { return std::vector<int>{x.rows, x.columns, x.G, x.bits}; })
+        .def_prop_ro(
+            "data", [](const Bcq &x) { return nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>>(x.data, {x.strips * x.strip_bytes() + SLACK}); },
+            nb::rv_policy::reference_internal)
         .def_prop_ro("bytes", [](const Bcq &x) { return x.strips * x.strip_bytes(); })
         .def(
             "linear",
