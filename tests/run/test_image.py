@@ -78,11 +78,11 @@ def test_spill_lists_and_binary_weights_are_mapped_too():
             kind.borrow(*made.parts, data[:-1])
     with pytest.raises(ValueError, match="out of range"):
         spoilt = np.array(matrix.data)
-        first = matrix.parts[2] // 16 * 64 + 32  # the count of the first tile's list, then its first entry
+        first = matrix.parts[3] // 16 * 64 + 32  # the count of the first tile's list, then its first entry
         spoilt[first + 2 : first + 4] = 255
         extension.Matrix.borrow(*matrix.parts, spoilt)
     with pytest.raises(ValueError, match="no such kind"):
-        extension.Matrix.borrow(77, *matrix.parts[1:-1], False, np.array(matrix.data))
+        extension.Matrix.borrow(77, *matrix.parts[1:-1], 0, np.array(matrix.data))
 
 
 @pytest.mark.parametrize("damage", ["cut", "header", "magic", "empty"])
@@ -147,12 +147,13 @@ def test_the_light_tokenizer_equals_that_of_transformers():
         messages = [{"role": "user", "content": " A class? "}, {"role": "assistant", "content": "Yes"}]
         text = mine.apply_chat_template(messages)
         assert text == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        assert text.endswith("<assistant>") and "<user>A class?\n" in text
+        assert text == "<s><user>A class?<s><assistant>Yes<assistant>"
         assert mine.encode(text) == theirs.encode(text) and mine.eos_token_id == theirs.eos_token_id
         with pytest.raises(Exception, match="no"):
             mine.apply_chat_template([{"role": "bad", "content": ""}])
         theirs.chat_template = "{{ messages.__class__.__mro__ }}"  # a sandbox is a sandbox
-        assert describe(theirs) is None or "object" not in Tokenizer(*describe(theirs)).apply_chat_template(messages)
+        with pytest.raises(Exception, match="unsafe"):
+            Tokenizer(*describe(theirs)).apply_chat_template(messages)
     finally:
         theirs.chat_template = None
 

@@ -46,7 +46,7 @@ def test_chat_keeps_the_conversation(path):
 
 def test_bad_settings_are_named(path):
     for arguments, says in (
-        (["--cache-bits", "4"], "8 or 16"),
+        (["--cache-bits", "5"], "8 or 4"),
         (["--round", "int9"], "int9"),
         (["--temperature", "-1"], "temperature"),
     ):

@@ -78,8 +78,9 @@ def _template(text: str) -> Any:
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    # marks of what an assistant said, for training; they print nothing
-    return environment.from_string(re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", text))
+    # marks of what an assistant said, for training: they print nothing, but trim the lines around them as blocks do
+    text = re.sub(r"\{%(-?)\s*generation\s*(-?)%\}", r"{%\1 if true \2%}", text)
+    return environment.from_string(re.sub(r"\{%(-?)\s*endgeneration\s*(-?)%\}", r"{%\1 endif \2%}", text))
 
 
 def describe(tokenizer: Any) -> tuple[bytes, dict[str, Any], str | None] | None:

@@ -64,8 +64,8 @@ NB_MODULE(_C, m) {
         // Over bytes that stay where they are (`data` is kept alive), as `parts` described them.
         .def_static(
             "borrow",
-            [](int kind, int rows, int columns, int G, int N, int zeros, int zero, bool spill, In<uint8_t, 1> data) {
-                return borrow((Kind)kind, rows, columns, G, N, zeros, zero, spill, data.data(), data.shape(0));
+            [](int kind, int rows, int columns, int G, int N, int zeros, int zero, int spill, In<uint8_t, 1> data) {
+                return borrow((Kind)kind, rows, columns, G, N, zeros != 0, zero, spill != 0, data.data(), data.shape(0));
             },
             nb::arg("kind"), nb::arg("rows"), nb::arg("columns"), nb::arg("G"), nb::arg("N"), nb::arg("zeros"), nb::arg("zero"), nb::arg("spill"),
             nb::arg("data"), nb::keep_alive<0, 9>())
