@@ -51,6 +51,7 @@ void Attention::run(const Ops *ops, Cache &cache, int layer, int task, const flo
     std::vector<float> part(four ? (size_t)rows * POSITIONS : 0);
     for (int b = w.from; b < w.to; b++) {
         const uint8_t *k = cache.keys(layer, slot, b, w.head), *v = cache.values(layer, slot, b, w.head);
+        if (b + 1 < w.to) cache.prefetch(layer, slot, b + 1, w.head);
         const float *scale = small ? cache.scales(layer, slot, b, w.head) : nullptr;
         const uint16_t *halves = four ? cache.halves(layer, slot, b, w.head) : nullptr;
         if (four) {

@@ -6,6 +6,8 @@
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
+#include <atomic>
+#include <chrono>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -132,5 +134,34 @@ NB_MODULE(_C, m) {
                 linear_bcq(ops, shared_pool(threads), w, x.data(), (int)x.shape(0), y.data());
             },
             nb::arg("x"), nb::arg("y"), nb::arg("threads") = 1, nb::arg("isa") = "");
+    // Bytes per second of `threads` threads that read `bytes` of memory, the best of `repeats`: what weights cannot beat.
+    m.def(
+        "read_bandwidth",
+        [](int threads, size_t bytes, int repeats) {
+            nb::gil_scoped_release release;
+            std::lock_guard<std::mutex> guard(pool_lock);
+            Pool &pool = shared_pool(threads);
+            std::vector<uint64_t> data(bytes / 8, 1);
+            std::atomic<uint64_t> keep{0};
+            double best = 0;
+            for (int i = 0; i < repeats; i++) {
+                const auto start = std::chrono::steady_clock::now();
+                pool.run([&](int thread) {
+                    const size_t part = data.size() / pool.threads() / 32 * 32;
+                    const uint64_t *p = data.data() + part * thread;
+                    uint64_t sum[32] = {};
+                    for (size_t at = 0; at < part; at += 32) {
+                        __builtin_prefetch(p + at + 512), __builtin_prefetch(p + at + 520);
+                        __builtin_prefetch(p + at + 528), __builtin_prefetch(p + at + 536);
+                        for (int j = 0; j < 32; j++) sum[j] += p[at + j];
+                    }
+                    for (int j = 0; j < 32; j++) keep += sum[j];
+                });
+                const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+                best = std::max(best, (double)bytes / took.count());
+            }
+            return keep ? best : 0.0;
+        },
+        nb::arg("threads"), nb::arg("bytes") = (size_t)256 << 20, nb::arg("repeats") = 5);
     bind_engine(m);
 }

@@ -51,6 +51,11 @@ class Cache {
     }
 
     uint8_t *keys(int layer, int slot, int block, int head) { return at(layer, table_[slot][block], head); }
+    // asks for a block before it is needed: the weights of a step have pushed it out to memory
+    void prefetch(int layer, int slot, int block, int head) {
+        const uint8_t *p = keys(layer, slot, block, head);
+        for (size_t i = 0; i < unit_; i += 64) __builtin_prefetch(p + i);
+    }
     uint8_t *values(int layer, int slot, int block, int head) { return keys(layer, slot, block, head) + key_bytes_; }
     // int4: half-precision scales (groups, 32) of keys, then of values
     uint16_t *halves(int layer, int slot, int block, int head) { return (uint16_t *)(values(layer, slot, block, head) + value_bytes_); }
