@@ -6,7 +6,10 @@
 // -8 ... 7, the element of largest size at -8, as in llama.cpp's Q4_0). Two int4 codes of one byte always belong to the same
 // position, so that threads that write different positions never share a byte.
 #pragma once
+#include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <new>
 #include <stdexcept>
 #include <vector>
 
@@ -26,7 +29,10 @@ class Cache {
         key_bytes_ = (size_t)(bits == 4 ? wide_ : dim_) * POSITIONS * bits / 8, value_bytes_ = (size_t)wide_ * POSITIONS * bits / 8;
         scale_bytes_ = bits == 8 ? 2 * POSITIONS * sizeof(float) : bits == 4 ? 2 * POSITIONS * groups_ * sizeof(uint16_t) : 0;
         unit_ = key_bytes_ + value_bytes_ + scale_bytes_;
-        data_.assign(unit_ * heads_ * blocks * layers + 64, 0); // unwritten positions must be finite
+        // unwritten positions must be finite; zero pages of the system take neither time nor memory before they are used
+        bytes_ = unit_ * heads_ * blocks * layers + 64;
+        data_.reset((uint8_t *)std::calloc(bytes_, 1));
+        if (!data_) throw std::bad_alloc();
         table_.assign(slots, {});
         for (int b = blocks - 1; b >= 0; b--) free_.push_back(b);
     }
@@ -34,7 +40,7 @@ class Cache {
     int bits() const { return bits_; }
     int wide() const { return wide_; }
     int free_blocks() const { return (int)free_.size(); }
-    size_t bytes() const { return data_.size(); }
+    size_t bytes() const { return bytes_; }
 
     // makes room for `position` in `slot`
     void reserve(int slot, int position) {
@@ -109,11 +115,15 @@ class Cache {
         }
         return half;
     }
-    uint8_t *at(int layer, int block, int head) { return data_.data() + unit_ * (((size_t)layer * blocks_ + block) * heads_ + head); }
+    uint8_t *at(int layer, int block, int head) { return data_.get() + unit_ * (((size_t)layer * blocks_ + block) * heads_ + head); }
 
     int heads_ = 0, dim_ = 0, wide_ = 0, groups_ = 0, blocks_ = 0, bits_ = 16;
     size_t key_bytes_ = 0, value_bytes_ = 0, scale_bytes_ = 0, unit_ = 0;
-    std::vector<uint8_t> data_;
+    struct Free {
+        void operator()(uint8_t *p) const { std::free(p); }
+    };
+    size_t bytes_ = 0;
+    std::unique_ptr<uint8_t, Free> data_;
     std::vector<std::vector<int>> table_;
     std::vector<int> free_;
 };
