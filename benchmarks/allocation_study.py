@@ -1,6 +1,6 @@
 """Which allocation works: SparseGPT under different budgets, judged in memory on windows that stream along.
 
-.venv/bin/python benchmarks/allocation_study.py [MODEL] [--only PATTERN] [--data FILE] [--test FILE …] [--windows 6] [--length 1024]
+.venv/bin/python benchmarks/allocation_study.py [MODEL] [--only PATTERN] [--data FILE] [--test FILE|held-out …] [--windows 6] [--length 1024]
 """
 
 from __future__ import annotations
@@ -52,7 +52,10 @@ def depth(layers: Layers) -> list[float]:
 
 ROWS: dict[str, Callable[[Layers, Layers], Budget]] = {
     "uniform": lambda relative, raw: atp(relative, S, ATP(spread=0.0)),
-    "clusters of relative loss": lambda relative, raw: loss_clusters(relative, S, LossClusters(spread=0.1)),
+    "clusters of relative loss": lambda relative, raw: loss_clusters(
+        relative, S, LossClusters(normalize="output-energy", clusters=5, spread=0.1, below=0.25, above=0.15)
+    ),
+    "clusters of relative loss x share": lambda relative, raw: loss_clusters(relative, S, LossClusters()),
     "equal steps 0.15": custom(lambda layers: [-0.15 * s for s in steps(layers)]),
     "depth 0.1": custom(lambda layers: [0.1 * d for d in depth(layers)]),
     "depth 0.2": custom(lambda layers: [0.2 * d for d in depth(layers)]),
@@ -66,7 +69,7 @@ ROWS: dict[str, Callable[[Layers, Layers], Budget]] = {
         lambda layers: [0.25 * d + 0.08 * s for d, s in zip(depth(layers), steps(layers), strict=True)]
     ),
     "raw clusters, propagation 4": lambda relative, raw: loss_clusters(
-        raw, S, LossClusters(clusters=6, spread=0.25, propagation=4, below=0.3, above=0.2)
+        raw, S, LossClusters(normalize="none", clusters=6, spread=0.25, propagation=4, below=0.3, above=0.2)
     ),
 }
 
@@ -87,7 +90,9 @@ def main() -> None:
     calibration = [f"calibration.data={options.data}", f"samples={options.samples}", f"length={length}"]
     recipe = read("loss-clusters", [*calibration, f"sparsity={S}", f"allocation_samples={options.samples}"])
     plan = make_plan(model, recipe)
-    data = load_calibration(tokenizer, recipe.calibration, model.config.vocab_size)
+    data = load_calibration(
+        tokenizer, recipe.calibration, model.config.vocab_size, 1 if "held-out" in options.test else 0
+    )
     allocation, solver = recipe.steps
     few = data.ids[: max(1, options.samples // 4)]
     raw_step = replace(allocation, config=replace(allocation.config, normalize="none"))
@@ -96,7 +101,10 @@ def main() -> None:
         if not re.search(options.only, name):
             continue
         for test in options.test:
-            held_out = windows(tokenize(tokenizer, load_text(test)), options.windows, options.length)
+            text = tokenize(tokenizer, load_text(options.data if test == "held-out" else test))
+            if test == "held-out":  # the last fifth of the calibration text, which no sample touches
+                text = text[len(text) * 4 // 5 :]
+            held_out = windows(text, options.windows, options.length)
             loss = trial_loss(model, plan, {1: make(relative, raw)}, replace(data, held_out=held_out))
             print(f"{name:34} {Path(test).name:14} {math.exp(loss):8.2f}", flush=True)
 

@@ -36,6 +36,7 @@ def rows() -> dict[str, list[str]]:
     joint = ["--set", "sparsity=0.7", "--set", "group_size=128", "--format", "packed"]
     out["joint sparsegpt 70% + INT4"] = ["--recipe", "sparsegpt", "--set", "bits=4", *joint]
     out["prune-then-rtn 70% + INT4"] = ["--recipe", "prune-then-rtn", *joint]
+    out["atp + alps 70%"] = ["--recipe", str(HERE / "recipes" / "atp-alps.yaml")]
     out["aggressive without INT4 70%"] = ["--recipe", "aggressive", "--set", "bits=16", "--set", "embedding_bits=16"]
     out["scheduler"] = ["--recipe", "scheduler"]
     out["aggressive"] = ["--recipe", "aggressive"]

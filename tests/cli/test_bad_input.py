@@ -309,3 +309,12 @@ def test_long_messages_are_not_folded(lissom, tmp_path):
     """A path in a message must stay one word for whoever copies it."""
     long = tmp_path / ("x" * 200)
     assert str(long) in lissom("inspect", long).err
+
+
+@pytest.mark.parametrize(
+    "arguments", [("compress", "demo"), ("compress", "demo", "out", "--nope"), ("evaluate", "demo", "--length", "x")]
+)
+def test_mistakes_in_the_arguments_are_told_in_json_too(lissom, arguments):
+    done = lissom(*arguments, "--json")
+    assert done.code == 2
+    assert done.json["error"] == "UsageError" and done.json["message"] in done.err

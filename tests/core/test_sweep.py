@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lissom.core import NM, Both, Fixed, Grid, Problem, Sparse, Stack, Stats, damped, factorise, sweep
+from lissom.core.factor import invert_upper
 
 
 def correlated(tokens=400, width=32, seed=0):
@@ -166,3 +167,12 @@ def test_rows_of_the_trailing_inverse_come_from_one_factor(j, seed):
     U = factorise(H, 0.0).U
     inverse = torch.linalg.inv(H[j:, j:])
     assert torch.allclose(U[j, j] * U[j, j:], inverse[0], rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("n", [5, 128, 129, 300])
+def test_the_inverse_by_halves_is_the_inverse(n):
+    R = torch.randn(n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n)).triu(1) / n
+    R += torch.diag(torch.rand(n, dtype=torch.float64) + 0.5)
+    U = invert_upper(R)
+    assert not U.tril(-1).any()
+    torch.testing.assert_close(U @ R, torch.eye(n, dtype=torch.float64), rtol=0, atol=1e-10)

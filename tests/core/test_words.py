@@ -130,3 +130,14 @@ def test_bad_words_are_refused():
 def test_keep_largest_at_the_ends():
     score = torch.rand(3, 7)
     assert keep_largest(score, 0).all() and not keep_largest(score, 7).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 97), (5, 32), (40, 4)])
+def test_keep_largest_is_a_stable_sort_and_a_cut(shape, dtype):
+    """Ties, of which whole numbers have many, are dropped from the left."""
+    score = torch.randint(0, 6, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for drop in (1, shape[1] // 2, shape[1] - 1):
+        expected = torch.ones(shape, dtype=torch.bool)
+        expected.scatter_(1, score.float().argsort(dim=1, stable=True)[:, :drop], False)
+        assert torch.equal(keep_largest(score, drop), expected)

@@ -1,5 +1,6 @@
 """Allocation within a run: the spread is chosen by true held-out loss, and spread 0 is the uniform recipe bit for bit."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,8 +9,10 @@ import torch
 import lissom
 import tiny
 from lissom.export import open_model
+from lissom.models import Model
 from lissom.pipeline.allocate import budgets_for, needs_held_out, trial_loss
 from lissom.pipeline.data import load_calibration
+from lissom.pipeline.planning import allocation_samples
 
 SMALL = ["samples=4", "length=32", "sparsity=0.7", f"calibration.data={tiny.__file__}"]
 
@@ -56,10 +59,6 @@ def test_auto_takes_the_spread_with_the_smallest_true_loss_on_held_out_text(trai
 
 def test_held_out_text_never_feeds_the_statistics(trained):
     """Other held-out windows, same budgets and statistics: only the measured loss differs."""
-    import dataclasses
-
-    from lissom.models import Model
-
     plan = lissom.plan(trained, "loss-clusters", overrides=SMALL)
     model = Model(open_model(trained))
     data = load_calibration(model.checkpoint.tokenizer(), plan.recipe.calibration, 512, 4)
@@ -71,3 +70,31 @@ def test_held_out_text_never_feeds_the_statistics(trained):
     assert trial_loss(model, plan, budgets, data) != pytest.approx(trial_loss(model, plan, budgets, other), rel=1e-3)
     starts = {tuple(row[:8].tolist()) for row in data.ids}
     assert not starts & {tuple(row[:8].tolist()) for row in data.held_out}
+
+
+def test_the_share_of_the_stream_is_what_each_block_of_transformers_writes(trained):
+    """Against hidden states that transformers itself returns, token by token."""
+    from transformers import AutoModelForCausalLM
+
+    checkpoint = open_model(trained)
+    model, plan = Model(checkpoint), lissom.plan(trained, "loss-clusters", overrides=SMALL)
+    data = load_calibration(checkpoint.tokenizer(), plan.recipe.calibration, model.config.vocab_size)
+    _, record = budgets_for(model, plan, data)
+    summaries = record["sparsegpt"]["summaries"]
+    ids = data.ids[: allocation_samples(plan.recipe)]
+    reference = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32)
+    outputs = []
+    for layer in reference.model.layers:
+        layer.register_forward_hook(
+            lambda _m, given, got: outputs.append((given[0], got[0] if isinstance(got, tuple) else got))
+        )
+    with torch.no_grad():
+        reference(ids)
+    for block, (before, after) in enumerate(outputs):
+        shares = sorted(
+            float((b - a).norm() ** 2 / b.norm() ** 2)
+            for a, b in zip(before.flatten(0, 1), after.flatten(0, 1), strict=True)
+        )
+        middle = shares[(len(shares) - 1) // 2]
+        mine = [v["share"] for name, v in summaries.items() if f"layers.{block}." in name]
+        assert mine and mine == pytest.approx([middle] * len(mine), rel=1e-3)

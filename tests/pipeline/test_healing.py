@@ -108,3 +108,53 @@ def test_the_plan_counts_the_training(trained):
     )
     assert long > 10 * short
     assert json.dumps(read(STEPS).describe())
+
+
+def test_a_cached_teacher_an_average_and_recomputing_heal_too(trained, tmp_path):
+    step = {**HEAL, "steps": 8, "cache": 128, "ema": 0.5, "recompute": True, "patience": 9, "text": 0.1}
+    made = compress(trained, tmp_path / "out", [STEPS[0], step], overrides=SMALL)
+    history = made["healing"]["heal"]
+    assert history[-1]["held_out"] < history[0]["held_out"] and not (tmp_path / "out" / "training").exists()
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        ({"cache": 8, "kind": "reverse"}, "needs logits > 0, kind forward"),
+        ({"cache": 8, "minutes": 1.0}, "no minutes"),
+        ({"patience": 0}, "patience must be at least 1"),
+        ({"ema": 1.0}, "ema must be between"),
+    ],
+)
+def test_settings_of_healing_that_cannot_be(more, words):
+    with pytest.raises(RecipeError, match=words):
+        read([STEPS[0], {**HEAL, **more}])
+
+
+def test_a_teacher_that_does_not_fit_is_refused_by_the_plan(trained, tmp_path):
+    from tiny import tiny_model
+
+    tiny_model("llama", tmp_path / "other")
+    with pytest.raises(RecipeError, match=r"heal: the teacher .*other has a vocabulary of 320, the student of 512"):
+        plan(trained, [STEPS[0], {**HEAL, "teacher": str(tmp_path / "other")}])
+    narrow = {"use": "random", "keep_neurons": 1.0, "keep_channels": 0.5}
+    with pytest.raises(RecipeError, match="have 64 channels, those of the student 32"):
+        plan(trained, [narrow, {**HEAL, "hidden": 1.0}])
+
+
+def test_another_teacher_is_learned_from(trained, tmp_path):
+    pruned = tmp_path / "pruned"
+    compress(trained, pruned, STEPS[:1], overrides=SMALL)
+    made = compress(
+        pruned, tmp_path / "out", [{"use": "magnitude", "sparsity": 0.75}, {**HEAL, "steps": 8, "teacher": str(trained)}],
+        overrides=SMALL,
+    )  # fmt: skip
+    assert made["healing"]["heal"][-1]["held_out"] < made["healing"]["heal"][0]["held_out"]
+
+
+def test_a_narrower_student_heals_and_a_cached_teacher_needs_disk(trained, tmp_path):
+    steps = [{"use": "random", "keep_neurons": 1.0, "keep_channels": 0.5}, {**HEAL, "steps": 6}]
+    made = compress(trained, tmp_path / "out", steps, overrides=SMALL)
+    assert made["healing"]["heal"][-1]["held_out"] < made["healing"]["heal"][0]["held_out"]
+    disk = [plan(trained, [steps[0], {**steps[1], "cache": k}]).estimates["disk_bytes"] for k in (0, 10)]
+    assert disk[1] - disk[0] == 6 * 6 * 8 * 32 * 10

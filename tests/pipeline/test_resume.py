@@ -176,3 +176,16 @@ def test_fresh_throws_the_unfinished_run_away(source, tmp_path):
     go(source, out, "seed=5", resume=False)
     go(source, tmp_path / "direct", "seed=5")
     assert weights_of(out) == weights_of(tmp_path / "direct")
+
+
+def test_a_second_run_on_the_same_out_is_refused_while_the_first_lives(source, expected, tmp_path):
+    from lissom.pipeline.lock import alone
+
+    out = tmp_path / "out"
+    with alone(tmp_path / "out.partial"), pytest.raises(OutputError, match="another lissom process"):
+        go(source, out)
+    assert not out.exists()
+    assert not out.with_name("out.partial").exists()
+    go(source, out)
+    assert weights_of(out) == expected
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]  # the lock's file is gone

@@ -142,6 +142,15 @@ def test_shapes_that_cannot_be_are_refused_by_the_plan(kind, step, words, tmp_pa
         plan(tmp_path, [step])
 
 
+def test_heads_that_do_not_divide_the_width_are_refused_with_those_that_do(tmp_path):
+    tiny_model("llama", tmp_path, num_attention_heads=4, num_key_value_heads=4)
+    with pytest.raises(
+        RecipeError, match=r"3 query heads over 3 KV heads and a width of 32 .*keep_heads may be 0.25, 0.5, 1"
+    ):
+        plan(tmp_path, [{"use": "flap", "keep_heads": 0.75}])
+    plan(tmp_path, [{"use": "flap", "keep_heads": 0.5}])
+
+
 def test_structured_steps_come_first():
     with pytest.raises(RecipeError, match="must come before every other"):
         read([{"use": "wanda", "sparsity": 0.5}, {"use": "flap"}])

@@ -191,3 +191,94 @@ def test_two_processes_give_the_result_of_one(tmp_path):
     assert [w.wait(120) for w in workers] == [0, 0]
     alone, _ = _run()
     assert torch.allclose(torch.load(out), alone, atol=1e-5)
+
+
+def test_rates_scale_single_leaves_and_hooks_keep_state_in_leaves_without_gradients(tmp_path):
+    def go(folder=None, stop=None):
+        a, b, kept = (torch.zeros(3) for _ in range(3))
+        a.requires_grad_(), b.requires_grad_()
+
+        def after(step, progress):
+            with torch.no_grad():
+                kept.add_(step + 1)
+                a.clamp_(max=0.015)  # a projection
+
+        def tick(step, total, row):
+            if step == stop:
+                raise KeyboardInterrupt
+
+        config = Training(steps=4, learning_rate=0.01, warmup=0, shape="constant", weight_decay=0.5, save_every=1)
+        train(
+            {"a": a, "b": b, "kept": kept}, lambda ids: -(a + b).sum(), DATA, config, rates={"b": 10.0},
+            after_step=after, folder=folder, tick=tick,
+        )  # fmt: skip
+        return a.detach(), b.detach(), kept
+
+    a, b, kept = go()
+    assert kept.tolist() == [10] * 3 and a.tolist() == pytest.approx([0.015] * 3)
+    assert b.tolist() == pytest.approx([0.4] * 3, rel=1e-4)  # Adam: one learning rate a step, no weight decay
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path, stop=2)
+    for one, other in zip(go(tmp_path), (a, b, kept), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_last_leaves_remain_where_the_best_are_not_asked_for():
+    leaf, loss = _problem()
+    seen = []
+
+    def held_out():
+        seen.append(leaf.detach().clone())
+        return float(len(seen))  # worse every time
+
+    state = train(
+        {"w": leaf},
+        loss,
+        DATA,
+        Training(steps=4, learning_rate=0.1, evaluate_every=2, keep_best=False),
+        held_out=held_out,
+    )
+    assert torch.equal(leaf.detach(), seen[-1]) and not state.best and state.best_loss == 1.0
+    with pytest.raises(ValueError, match="patience"):
+        Training(patience=2, keep_best=False)
+
+
+def test_an_interrupted_save_keeps_the_state_before_it(tmp_path, monkeypatch):
+    import lissom.train.loop as loop
+
+    whole, _ = _run()
+    real, calls = loop.save_file, []
+
+    def breaks(tensors, path, *rest):
+        calls.append(path)
+        if len(calls) == 2:
+            path.write_bytes(b"half of a file")
+            raise OSError("no space left on device")
+        real(tensors, path, *rest)
+
+    monkeypatch.setattr(loop, "save_file", breaks)
+    with pytest.raises(OutputError, match=r"cannot save the training.*the state saved before is kept"):
+        _run(folder=tmp_path)
+    assert [p.name for p in tmp_path.glob("*safetensors*")] == ["training.safetensors"]
+    again, _ = _run(folder=tmp_path)  # from step 3
+    assert torch.equal(whole, again)
+    (tmp_path / "training.safetensors").write_bytes(b"damaged")
+    with pytest.raises(OutputError, match="is damaged"):
+        _run(folder=tmp_path)
+
+
+def test_curves_for_tensorboard(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    _, state = _run(tensorboard=tmp_path / "board")
+    read = events.EventAccumulator(str(tmp_path / "board"))
+    read.Reload()
+    held = {e.step: e.value for e in read.Scalars("held_out")}
+    assert held == pytest.approx({r["step"]: r["held_out"] for r in state.history}, rel=1e-5)
+    assert [e.step for e in read.Scalars("loss")] == list(range(1, 13))
+    assert {"loss", "gradient_norm", "learning_rate", "perplexity"} <= set(read.Tags()["scalars"])
+
+
+def test_without_tensorboard_the_message_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(OutputError, match=r"pip install 'lissom\[tensorboard\]'"):
+        _run(tensorboard=tmp_path / "board")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -37,14 +37,31 @@ Calibration = Annotated[
 ]
 Samples = Annotated[int | None, typer.Option("--samples", help="Calibration samples.")]
 Length = Annotated[int | None, typer.Option("--length", help="Tokens per sample.")]
+TargetSize = Annotated[
+    str | None,
+    typer.Option("--target-size", help="Choose sparsity and bits of every layer to meet a size, such as 60MB."),
+]
+TargetBits = Annotated[
+    float | None, typer.Option("--target-bits", help="The same for 8 · bytes / parameters, such as 2.2.")
+]
+MaxKL = Annotated[
+    float | None, typer.Option("--max-kl", help="The smallest file within this KL, in nats a token on held-out text.")
+]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the calibration slices.")]
 
 
 def _overrides(
-    settings: list[str] | None, calibration: str | None, samples: int | None, length: int | None, seed: int | None
+    settings: list[str] | None,
+    calibration: str | None,
+    samples: int | None,
+    length: int | None,
+    seed: int | None,
+    target: dict[str, Any],
 ) -> list[str]:
     given = {"data": calibration, "samples": samples, "length": length, "seed": seed}
-    return [*(settings or []), *(f"calibration.{k}={v}" for k, v in given.items() if v is not None)]
+    wished = {f"target.{k}": v for k, v in target.items()}
+    sections = {f"calibration.{k}": v for k, v in given.items()} | wished
+    return [*(settings or []), *(f"{k}={v}" for k, v in sections.items() if v is not None)]
 
 
 @app.command()
@@ -57,6 +74,9 @@ def compress(
     samples: Samples = None,
     length: Length = None,
     seed: Seed = None,
+    target_size: TargetSize = None,
+    target_bits: TargetBits = None,
+    max_kl: MaxKL = None,
     resume: Annotated[
         bool,
         typer.Option("--resume/--fresh", help="Go on from an interrupted run with the same inputs, or start over."),
@@ -71,7 +91,8 @@ def compress(
     from ..pipeline import compress as run
     from ..report import write_report
 
-    overrides = _overrides(settings, calibration, samples, length, seed)
+    target = {"size": target_size, "bits": target_bits, "max_kl": max_kl}
+    overrides = _overrides(settings, calibration, samples, length, seed, target)
     if format:
         overrides.append(f"save.format={format}")
     command = "lissom " + shlex.join(sys.argv[1:])
@@ -101,16 +122,22 @@ def plan(
     samples: Samples = None,
     length: Length = None,
     seed: Seed = None,
+    target_size: TargetSize = None,
+    target_bits: TargetBits = None,
+    max_kl: MaxKL = None,
     format: Annotated[str | None, typer.Option("--format", help="packed, dense or compressed-tensors.")] = None,
     json: Json = False,
 ) -> None:
     """Show what a recipe would do to MODEL, and what it would take, without doing it."""
+    from ..pipeline import expectation
     from ..pipeline import plan as make
 
-    overrides = _overrides(settings, calibration, samples, length, seed)
+    target = {"size": target_size, "bits": target_bits, "max_kl": max_kl}
+    overrides = _overrides(settings, calibration, samples, length, seed, target)
     if format:
         overrides.append(f"save.format={format}")
-    made = make(model, recipe, overrides=overrides)
+    with show.bar(quiet=json) as tick:
+        made = make(model, recipe, overrides=overrides, tick=tick)
     if json:
         show.emit(made.describe(), True)
         return
@@ -120,18 +147,9 @@ def plan(
         f"{facts['architecture']}, {facts['blocks']} blocks, {facts['linear_layers']} linear layers, "
         f"{facts['parameters'] / 1e6:.1f} M parameters, planned sparsity {facts['planned_sparsity']:.1%}"
     )
-    groups: dict[tuple, int] = {}
-    for row in made.layers:
-        key = (
-            row["role"],
-            "×".join(map(str, row["shape"])),
-            " → ".join(row["steps"]) or "kept",
-            row["sparsity"],
-            row["bits"],
-        )
-        groups[key] = groups.get(key, 0) + 1
-    rows = [[role, count, shape, steps, f"{s:.0%}", bits] for (role, shape, steps, s, bits), count in groups.items()]
-    show.out.print(show.table("", ["role", "layers", "shape", "steps", "sparsity", "bits"], rows))
+    show.out.print(show.planned(made.layers, made.target is not None))
+    if made.target:
+        show.out.print(expectation(made.target), soft_wrap=True, markup=False)
     show.out.print(
         f"estimates: {show.duration(est['seconds'])}, memory {show.size(est['memory_bytes'])}, "
         f"disk {show.size(est['disk_bytes'])}, result {show.size(est['size_bytes'])}"
@@ -296,18 +314,28 @@ add_commands(app)
 
 def main() -> None:
     """Entry point: errors that a user can mend end with their message and exit code, without a traceback."""
+    as_json = "--json" in sys.argv
+
+    def refuse(name: str, message: str, code: int) -> NoReturn:
+        if as_json:
+            show.emit({"error": name, "message": message}, True)
+        show.err.print(f"error: {message}", style="bold red", markup=False, soft_wrap=True)
+        sys.exit(code)
+
     try:
+        if as_json:
+            sys.exit(app(standalone_mode=False) or 0)  # mistakes in the arguments come here too, to be told in JSON
         app()
     except LissomError as error:
-        if "--json" in sys.argv:
-            show.emit({"error": type(error).__name__, "message": str(error)}, True)
-        show.err.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
-        sys.exit(error.exit_code)
+        refuse(type(error).__name__, str(error), error.exit_code)
     except OSError as error:
-        if "--json" in sys.argv:
-            show.emit({"error": type(error).__name__, "message": str(error)}, True)
-        show.err.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
-        sys.exit(OutputError.exit_code)
+        refuse(type(error).__name__, str(error), OutputError.exit_code)
+    except typer.Abort:
+        sys.exit(1)
+    except Exception as error:
+        if not as_json or not hasattr(error, "format_message"):
+            raise
+        refuse("UsageError", error.format_message(), error.exit_code)  # type: ignore[attr-defined]
     except SystemExit as ended:  # typer turns Ctrl-C into exit code 130
         if ended.code == 130:
             show.err.print("stopped; the same command goes on from the last finished block", soft_wrap=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,3 +69,19 @@ def table(title: str, head: list[str], rows: list[list[Any]]) -> Table:
     for row in rows:
         made.add_row(*(str(cell) for cell in row))
     return made
+
+
+def planned(layers: Sequence[Mapping[str, Any]], together: bool) -> Table:
+    """The layers of a plan, equal ones counted; ``together``: one line a role with the range of its budgets."""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in layers:
+        budget = () if together else (row["sparsity"], row["bits"])
+        shape = "×".join(map(str, row["shape"]))
+        groups.setdefault((row["role"], shape, " → ".join(row["steps"]) or "kept", *budget), []).append(row)
+    lines = []
+    for (role, shape, steps, *_), rows in groups.items():
+        zeros = sorted({row["sparsity"] for row in rows})
+        bits = "/".join(str(b) for b in sorted({row["bits"] for row in rows}))
+        span = f"{zeros[0]:.0%}" if len(zeros) == 1 else f"{zeros[0]:.0%} to {zeros[-1]:.0%}"
+        lines.append([role, len(rows), shape, steps, span, bits])
+    return table("", ["role", "layers", "shape", "steps", "sparsity", "bits"], lines)

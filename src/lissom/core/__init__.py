@@ -46,6 +46,7 @@ __all__ = [
     "Factor",
     "Fixed",
     "FormatError",
+    "GateProblem",
     "Grid",
     "GridParams",
     "LayerSummary",

@@ -32,6 +32,19 @@ class Pattern(Protocol):
         ...
 
 
+def _smallest(score: Tensor, k: int) -> Tensor:
+    """The ``k``-th smallest entry of each row, (rows, 1).
+
+    numpy's partition is vectorised and torch's ``kthvalue`` is not: 1 against 12 ms for a layer of 885k weights, 2 against 14 ms
+    for its rows.
+    """
+    if score.device.type != "cpu" or score.dtype not in (torch.float32, torch.float64):
+        return score.kthvalue(k, dim=1, keepdim=True).values
+    values = score.detach().numpy().copy()
+    values.partition(k - 1, axis=1)
+    return torch.from_numpy(values[:, k - 1 : k].copy())
+
+
 def keep_largest(score: Tensor, drop: int) -> Tensor:
     """Keep-mask that drops exactly ``drop`` entries of each row of ``score``, the smallest ones.
 
@@ -42,8 +55,10 @@ def keep_largest(score: Tensor, drop: int) -> Tensor:
         return torch.ones_like(score, dtype=torch.bool)
     if drop >= columns:
         return torch.zeros_like(score, dtype=torch.bool)
-    threshold = score.kthvalue(drop, dim=1, keepdim=True).values
+    threshold = _smallest(score, drop)
     keep = score > threshold
+    if len(score) == 1 and int(keep.count_nonzero()) == columns - drop:  # the usual case without a sum by rows
+        return keep
     missing = columns - drop - keep.sum(1, keepdim=True)
     if not bool(missing.any()):
         return keep

@@ -26,6 +26,18 @@ class Method:
     ``units``      ``run(problem: UnitProblem, config) -> Tensor``: scores of the heads or neurons of one block, before
                    anything else; ``keep_heads`` and ``keep_neurons`` of the config say how many remain
     ``blocks``     ``run(influences: list[float], config) -> list[int]``: the blocks that remain
+    ``gates``      ``run(problem: GateProblem, config) -> Tensor``: gaps (n,) between the expected and the wanted sparsity of
+                   gates that are trained with the model, before anything else; each is held at zero by two
+                   multipliers, or weighed by the config's ``penalty`` where it has one
+    ``projection`` ``run(before: Tensor, trial: Tensor, config) -> Tensor``: which units (units,) a step of training, from
+                   ``before`` to ``trial`` (units, entries), sends to zero for good
+    ``fold``       of a solver with ``fold``, in a step without bits: see there
+    ``rotation``   ``run(config, width, head, inner) -> Turns``: rotations that are fused into the weights before anything else, or
+                   left to the run
+    ``operator``   ``run(x, …)``: what the run does to activations or to the cache, simulated; the step is recorded in the
+                   artefact, and every forward pass honours it
+    ``permutation`` ``run(weight, norm, columns, segments, n, m, config) -> (order, before, after)``: an order of the channels that a
+                   layer reads, before anything else; the pipeline folds it into the weights on both sides
     ``transform``  ``run(model, context, config) -> model``: rewrites or trains the whole model
     =============  ==========================================================================
 
@@ -33,6 +45,8 @@ class Method:
     ``comparison``: where a solver compares scores unless the recipe says: "layer" or "row".
     ``makes``: any of "zeros", "codes" – which constraints a solver accepts beyond the plain one; "forms": the result of
     a grid may be a form of :mod:`.stored` instead of plain codes, which not every file format holds.
+    ``fold``: of a solver that can also run as a step of its own, without bits: ``fold(problem, config) -> (s, notes)``, one
+    factor per input (in,) that goes into the weights while 1/s goes into what makes the input.
     """
 
     name: str
@@ -46,6 +60,7 @@ class Method:
     makes: frozenset[str] = frozenset()
     summarise: Callable[..., Any] | None = None
     comparison: str = "layer"
+    fold: Callable[..., Any] | None = None
 
     def settings(self) -> Mapping[str, Any]:
         """Setting name → default."""

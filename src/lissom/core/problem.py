@@ -148,11 +148,15 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class Budget:
-    """What each layer may spend: ``values[name]`` of ``quantity`` ("sparsity" or "bits")."""
+    """What each layer may spend: ``values[name]`` of ``quantity`` ("sparsity" or "bits").
+
+    ``bits``: of the layers whose bits are chosen beside their sparsity.
+    """
 
     quantity: str
     values: Mapping[str, float]
     cluster: Mapping[str, int] = field(default_factory=dict)
+    bits: Mapping[str, int] = field(default_factory=dict)
 
     def mean(self, layers: list[LayerSummary]) -> float:
         """Mean over weights, not over layers."""

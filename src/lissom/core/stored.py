@@ -329,14 +329,18 @@ class Rotated:
 
 @dataclass(frozen=True)
 class LowRank:
-    """``base + A Bᵀ``: ``A`` (out, r), ``B`` (in, r), fp16-exact."""
+    """``base + A Bᵀ``: ``A`` (out, r), ``B`` (in, r), fp16-exact.
+
+    Summed in double precision from contiguous factors, so that neither the layout in memory nor the order of the sum shows in fp32.
+    """
 
     base: Stored
     A: Tensor
     B: Tensor
 
     def decode(self) -> Tensor:
-        return self.base.decode() + self.A @ self.B.T
+        product = self.A.double().contiguous() @ self.B.double().contiguous().T
+        return (self.base.decode().double() + product).float()
 
     def rows(self, start: int, stop: int) -> LowRank:
         if (start, stop) != (0, len(self.A)):

@@ -13,7 +13,8 @@ from .stats import Stats
 
 @dataclass(frozen=True)
 class Units:
-    """All units of one ``kind`` ("heads": a KV group with its query heads; "neurons": of the MLP) in one block.
+    """All units of one ``kind`` ("heads": a KV group with its query heads; "neurons": of the MLP; "channels": of the hidden
+    state, which all blocks share) in one block.
 
     ``rows``: layer name → (units, k) outputs of that layer that belong to each unit, with their biases; ``columns``: layer
     name → (units, k) inputs. ``size``: weights that one unit takes away. Indices are into weights (out, in).
@@ -53,3 +54,18 @@ class UnitProblem:
     inputs: Mapping[str, Stats] = field(default_factory=dict)
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
     block: int = 0
+
+
+@dataclass(frozen=True)
+class GateProblem:
+    """What a method sees of the learned gates of a whole model while they are trained.
+
+    ``open``: kind → P(gate ≠ 0), differentiable: "heads" and "neurons" (blocks, units), "blocks" (blocks,), "channels"
+    (width,); only kinds that have gates. ``keep``: kind → fraction that is to remain. ``size``: kind → weights of one unit.
+    ``progress``: of the training, in [0, 1].
+    """
+
+    open: Mapping[str, Tensor]
+    keep: Mapping[str, float]
+    size: Mapping[str, int] = field(default_factory=dict)
+    progress: float = 1.0

@@ -26,7 +26,7 @@ from .stored import (
     stored_bits,
 )
 from .sweep import sweep
-from .units import UnitProblem, Units
+from .units import GateProblem, UnitProblem, Units
 
 __all__ = [
     "NM",
@@ -41,6 +41,7 @@ __all__ = [
     "Constraint",
     "Factor",
     "Fixed",
+    "GateProblem",
     "Grid",
     "GridParams",
     "LayerSummary",

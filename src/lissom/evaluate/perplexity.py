@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,12 +61,14 @@ def forward(model: Model, ids: Tensor, tick: Tick | None = None, label: str = "b
     return Pass(hidden, zeros, weights, load)
 
 
-def token_losses(model: Model, hidden: Tensor, ids: Tensor) -> Tensor:
-    """−log p of each predicted token of one window, (tokens − 1,); ``hidden: (1, tokens, width)``, ``ids: (tokens,)``."""
+def token_losses(model: Model, hidden: Tensor, ids: Tensor, outer: Mapping[str, Tensor] | None = None) -> Tensor:
+    """−log p of each predicted token of one window, (tokens − 1,); ``hidden: (1, tokens, width)``, ``ids: (tokens,)``.
+
+    ``outer``: tensors for the head instead of the file's."""
     out = []
     for at in range(0, len(ids) - 1, _HEAD_TOKENS):
         stop = min(at + _HEAD_TOKENS, len(ids) - 1)
-        logits = model.head(hidden[:, at:stop])[0].float()
+        logits = model.head(hidden[:, at:stop], outer)[0].float()
         out.append(torch.nn.functional.cross_entropy(logits, ids[at + 1 : stop + 1], reduction="none"))
     return torch.cat(out)
 

@@ -5,7 +5,7 @@ from .compressed import CompressedTensors
 from .dense import Dense
 from .layout import Codec, LayerPlan, Layout, StoredLayer
 from .opened import OpenedCheckpoint, open_model
-from .packed import Packed, packed_bits
+from .packed import Packed, expected_bytes, packed_bits
 from .restore import load, unpack
 from .to_gguf import export_gguf
 from .writer import ArtefactWriter
@@ -34,6 +34,7 @@ __all__ = [
     "Packed",
     "StoredLayer",
     "codec_named",
+    "expected_bytes",
     "export_gguf",
     "load",
     "open_model",

@@ -23,21 +23,28 @@ from torch import Tensor
 
 from ..core import Codes, FormatError, Solved
 from ..core.grid import spread_groups
+from ..methods.quantize.kv_cache import CacheGrid
+from ..models import Architecture
+from ..models.layout import stages
 from .dense import Dense
 from .layout import LayerPlan, Layout, StoredLayer, check_codes, describe, need
 
 Format = Literal["pack-quantized", "int-quantized"]
 METHOD = "compressed-tensors"
+RUN_NAMES = ("input_scale", "input_zero_point")  # read by engines, not needed to decode
 LOCAL_NAMES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "weight")
 
 
 class CompressedTensors:
     """``format``: "pack-quantized" (tight, any bits 2 … 8) or "int-quantized" (one int8 a weight, 8 bits).
 
-    ``zero_points``: pack the zero points of asymmetric layers instead of storing a bit more.
+    ``zero_points``: pack the zero points of asymmetric layers instead of storing a bit more. ``cache``: the grid of
+    ``kv_cache_scheme``, per token with an integer zero point. Layers of 8 bits whose inputs are rounded too are stored as
+    int8 whatever ``format`` says: engines have kernels for that form.
     """
 
-    def __init__(self, format: Format = "pack-quantized", zero_points: bool = False):
+    def __init__(self, format: Format = "pack-quantized", zero_points: bool = False, cache: CacheGrid | None = None):
+        self.cache = cache
         self.format: Format = format
         self.zero_points = zero_points
         self.name = METHOD if format == "pack-quantized" else format
@@ -48,7 +55,7 @@ class CompressedTensors:
         check_codes(solved.codes)
         if problems := self.check(_plan_of(solved.codes, layout)):
             raise FormatError("; ".join(problems))
-        codes, form = self._stored(solved.codes)
+        codes, form = self._stored(solved.codes, layout)
         half = 2 ** (codes.bits - 1)
         signed = (codes.values.to(torch.int16) - half).to(torch.int8)
         zero = (codes.zero - half).to(torch.int8)
@@ -68,11 +75,15 @@ class CompressedTensors:
         out = describe(solved, layout) | {"format": "dense"}
         if solved.codes is None:
             return out
-        codes, form = self._stored(solved.codes)
+        codes, form = self._stored(solved.codes, layout)
+        if layout.input_bits is not None:
+            out |= {"input_bits": layout.input_bits, "input_static": layout.input_static}
         return out | {"bits": codes.bits, "symmetric": codes.symmetric, "format": form}
 
-    def _stored(self, codes: Codes) -> tuple[Codes, Format]:
+    def _stored(self, codes: Codes, layout: Layout) -> tuple[Codes, Format]:
         """The same weights in a form that loads, and its format."""
+        if layout.input_bits is not None and codes.bits == 8:
+            return codes, "int-quantized"
         if codes.symmetric or self.zero_points or self.format == "int-quantized":
             return codes, self.format
         if codes.bits == 8:
@@ -133,21 +144,27 @@ class CompressedTensors:
         """One group for each combination of bits, group size, symmetry and format, with the layers' names as targets."""
         from compressed_tensors.quantization import QuantizationConfig
 
-        schemes: dict[tuple[int, int, bool, str], list[str]] = {}
+        schemes: dict[tuple[int, int, bool, str, int, bool], list[str]] = {}
         for name, e in entries.items():
             if e["bits"] is not None:
                 group = -1 if e["group_size"] >= e["shape"][1] else e["group_size"]
-                schemes.setdefault((e["bits"], group, e["symmetric"], e["format"]), []).append(name)
-        if not schemes:
+                inputs = (e.get("input_bits") or 0, bool(e.get("input_static")))
+                schemes.setdefault((e["bits"], group, e["symmetric"], e["format"], *inputs), []).append(name)
+        if not schemes and self.cache is None:
             return None
         formats = {key[3] for key in schemes}
         groups = {}
-        for number, ((bits, size, symmetric, form), targets) in enumerate(sorted(schemes.items())):
+        for number, ((bits, size, symmetric, form, inputs, static), targets) in enumerate(sorted(schemes.items())):
             weights = {
                 "num_bits": bits, "type": "int", "symmetric": symmetric, "dynamic": False,
                 "strategy": "channel" if size == -1 else "group", "group_size": None if size == -1 else size,
             }  # fmt: skip
             groups[f"group_{number}"] = {"targets": sorted(targets), "weights": weights, "format": form}
+            if inputs:
+                groups[f"group_{number}"]["input_activations"] = {
+                    "num_bits": inputs, "type": "int", "symmetric": True, "dynamic": not static,
+                    "strategy": "tensor" if static else "token",
+                }  # fmt: skip
         ignore = sorted(name for name, e in entries.items() if e["bits"] is None)
         if "lm_head" not in entries:
             ignore.append("lm_head")
@@ -155,7 +172,17 @@ class CompressedTensors:
             {
                 "config_groups": groups,
                 "quant_method": METHOD,
-                "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+                "kv_cache_scheme": None
+                if self.cache is None
+                else {
+                    "num_bits": self.cache.bits,
+                    "type": "int",
+                    "symmetric": False,
+                    "dynamic": True,
+                    "strategy": "group",
+                    "group_size": self.cache.group,
+                },
+                "format": formats.pop() if len(formats) == 1 else "mixed-precision" if formats else "dense",
                 "quantization_status": "compressed",
                 "ignore": ignore,
             }
@@ -186,6 +213,42 @@ def entry_from_config(config: Mapping[str, Any], name: str, tensors: Mapping[str
         "format": "pack-quantized" if packed else "int-quantized",
         "pattern": "dense",
     }
+
+
+def operators_from_config(config: Mapping[str, Any], row: Architecture) -> dict[str, Any]:
+    """``lissom_operators`` of a directory by another tool: dynamic symmetric int activations per token, dynamic int caches.
+
+    Raises :class:`FormatError` for activations and caches that lissom's forward pass would not honour.
+    """
+    found: dict[str, Any] = {}
+    inputs = {
+        _scheme(g["input_activations"]) for g in config.get("config_groups", {}).values() if g.get("input_activations")
+    }
+    bare = any(not g.get("input_activations") for g in config.get("config_groups", {}).values())
+    if inputs:
+        bits, kind, symmetric, dynamic, strategy = next(iter(inputs))
+        if len(inputs) > 1 or bare or (kind, symmetric, dynamic, strategy) != ("int", True, True, "token"):
+            raise FormatError(
+                f"input_activations {sorted(map(str, inputs))} are not honoured by lissom: it knows one scheme for all layers, "
+                "int, symmetric, dynamic, per token. Numbers without them would be of another model"
+            )
+        found["activations"] = {"bits": bits, "stages": list(range(len(stages(row))))}
+    cache = config.get("kv_cache_scheme")
+    if cache:
+        if _scheme(cache)[1:] != ("int", False, True, "group"):
+            raise FormatError(
+                f"kv_cache_scheme {cache} is not honoured by lissom: it knows int, asymmetric, dynamic groups of channels"
+            )
+        grid = {"bits": cache["num_bits"], "per": "token", "group": cache["group_size"], "zero": "integer"}
+        found["cache"] = {"keys": grid, "values": grid}
+    return found
+
+
+def _scheme(args: Mapping[str, Any]) -> tuple[int, str, bool, bool, str]:
+    return (
+        args["num_bits"], args.get("type", "int"), args.get("symmetric", True), bool(args.get("dynamic", False)),
+        args.get("strategy") or "tensor",
+    )  # fmt: skip
 
 
 def _group_of(config: Mapping[str, Any], name: str) -> dict[str, Any] | None:

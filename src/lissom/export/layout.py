@@ -20,12 +20,15 @@ class Layout:
     """How a layer is to be stored.
 
     ``dtype``: of weights that are not quantized. ``pattern``: "dense", "unstructured" or "N:M" ("2:4").
-    ``transposed``: the Hugging Face layout is (in, out) (GPT-2's Conv1D).
+    ``transposed``: the Hugging Face layout is (in, out) (GPT-2's Conv1D). ``input_bits``: of the layer's rounded inputs,
+    None when they are not; ``input_static``: with a constant scale.
     """
 
     dtype: torch.dtype = torch.float16
     pattern: str = "dense"
     transposed: bool = False
+    input_bits: int | None = None
+    input_static: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES.values():

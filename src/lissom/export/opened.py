@@ -12,16 +12,17 @@ from torch import Tensor
 
 from ..core import CheckpointError, FormatError
 from ..models import Architecture, Checkpoint, architecture_of, open_checkpoint, tensor_problems
+from ..models.operators import KEY
 from ..models.safetensors_header import Entry, read_header
 from ..models.validate import pickle_problem, shard_problems
 from .compressed import LOCAL_NAMES as COMPRESSED_NAMES
 from .compressed import METHOD as COMPRESSED
-from .compressed import CompressedTensors, entry_from_config
+from .compressed import RUN_NAMES, CompressedTensors, entry_from_config, operators_from_config
 from .files import verify_file
 from .layout import DTYPES, Codec, StoredLayer, shape_of
 from .packed import VERSION, Packed
 
-_PACKED_NAMES = ("codes", "values", "scale", "zero", "mask", "counts", "ranks", "index")
+_PACKED_NAMES = ("codes", "values", "scale", "zero", "mask", "counts", "ranks", "index", "left", "right")
 
 
 class OpenedCheckpoint:
@@ -50,6 +51,7 @@ class OpenedCheckpoint:
                 self._quantized(quantization)
                 del self.config.quantization_config  # what this checkpoint hands out is decoded
         encoded = {name for names in self._local.values() for name in names.values()}
+        encoded |= {f"{layer}.{local}" for layer in self._local for local in RUN_NAMES}
         plain = [name for name in (self._files or base.names()) if name not in encoded]
         self._names = plain + [f"{layer}.weight" for layer in self._local]
 
@@ -80,6 +82,10 @@ class OpenedCheckpoint:
                 self._local[layer] = self._find(layer, _PACKED_NAMES)
         elif method == COMPRESSED:
             self.format, self._codec = COMPRESSED, CompressedTensors()
+            if getattr(self.config, KEY, None) is None:
+                found = operators_from_config(quantization, architecture_of(self.config.model_type))
+                if found:
+                    setattr(self.config, KEY, found)
             for name in list(self._files):
                 layer, _, local = name.rpartition(".")
                 if local == "weight_scale":
@@ -119,11 +125,12 @@ class OpenedCheckpoint:
         return shape[::-1] if self.entries[layer].get("transposed") else shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """float32 for quantized matrices: their decoded values need it."""
+        """float32 for quantized matrices and sums with factors: their decoded values need it."""
         layer = self._encoded(name)
         if layer is None:
             return self._files[name][1].dtype if name in self._files else self.base.dtype(name)
-        return DTYPES.get(str(self.entries[layer].get("dtype")), torch.float32)
+        entry = self.entries[layer]
+        return torch.float32 if "rank" in entry else DTYPES.get(str(entry.get("dtype")), torch.float32)
 
     def tensor(self, name: str) -> Tensor:
         """One tensor in the Hugging Face layout, decoded."""

@@ -10,12 +10,14 @@ nothing else           every weight is stored
 ``index``              N:M: rank of the N kept positions of every group of M inputs; N weights a group are stored
 =====================  ==========================================================================
 
+``left`` (out, r) and ``right`` (in, r), fp16, besides: left · rightᵀ is added to the (fp16) weights above.
 The stored weights are ``codes`` of ``bits`` bits, or ``values`` in the artefact's dtype, in row-major order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import comb
 from typing import Any
 
@@ -24,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..core import Codes, FormatError, Solved
+from ..core import Codes, FormatError, LowRank, Plain, Solved
 from .bits import (
     MAX_GROUP,
     pack_bits,
@@ -60,9 +62,14 @@ class Packed:
     name = "packed"
 
     def encode(self, solved: Solved, layout: Layout) -> dict[str, Tensor]:
-        if solved.codes is None and solved.stored is not None:
+        form = solved.stored
+        if _factored(solved) and isinstance(form, LowRank):
+            base = Solved(form.base.decode(), None, solved.mask, solved.error)
+            out = self.encode(base, replace(layout, dtype=torch.float16))
+            return out | {"left": form.A.half().contiguous(), "right": form.B.half().contiguous()}
+        if solved.codes is None and form is not None and not isinstance(form, Plain):
             raise FormatError(
-                f"the packed form, version 1, holds uniform grids only, not {type(solved.stored).__name__}: "
+                f"the packed form, version 1, holds uniform grids and sparse plus low rank only, not {type(form).__name__}: "
                 "save with format dense"
             )
         out: dict[str, Tensor] = {}
@@ -98,10 +105,14 @@ class Packed:
         return out
 
     def entry(self, solved: Solved, layout: Layout) -> dict[str, Any]:
+        if _factored(solved) and isinstance(solved.stored, LowRank):
+            return describe(solved, replace(layout, dtype=torch.float16)) | {"rank": solved.stored.A.shape[1]}
         return describe(solved, layout)
 
     def decode(self, tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> StoredLayer:
         rows, columns = shape_of(entry)
+        if "rank" in entry:
+            return self._read_factored(tensors, entry, (rows, columns))
         pattern, bits = entry.get("pattern", "dense"), entry.get("bits")
         nm = parse_pattern(pattern)
         masks = [name for name in ("mask", "counts", "ranks", "index") if name in tensors]
@@ -120,6 +131,20 @@ class Packed:
             return StoredLayer(None, mask, pattern, torch.from_numpy(raw))
         codes = self._read_codes(tensors, entry, wide, (rows, columns), masks)
         return StoredLayer(codes, mask, pattern)
+
+    def _read_factored(
+        self, tensors: Mapping[str, Tensor], entry: Mapping[str, Any], shape: tuple[int, int]
+    ) -> StoredLayer:
+        rank = entry["rank"]
+        for name, length in zip(("left", "right"), shape, strict=True):
+            found = tensors.get(name)
+            if found is None or found.dtype != torch.float16 or tuple(found.shape) != (length, rank):
+                have = "missing" if found is None else f"{found.dtype} {tuple(found.shape)}"
+                raise FormatError(f"{name} must be float16 ({length}, {rank}); it is {have}")
+        rest = {k: v for k, v in tensors.items() if k not in ("left", "right")}
+        base = self.decode(rest, {k: v for k, v in entry.items() if k != "rank"})
+        form = LowRank(Plain(base.weight), tensors["left"].float(), tensors["right"].float())
+        return StoredLayer(None, None, "dense", form.decode())
 
     def _read_codes(
         self,
@@ -166,6 +191,12 @@ class Packed:
         return {"quant_method": "lissom", "version": VERSION, "layers": {name: dict(e) for name, e in entries.items()}}
 
 
+def _factored(solved: Solved) -> bool:
+    """Whether the weight is a sparse matrix plus a product of factors, all in half precision (OATS)."""
+    form = solved.stored
+    return solved.codes is None and isinstance(form, LowRank) and isinstance(form.base, Plain)
+
+
 def packed_bits(plan: LayerPlan, nonzeros: int, value_bits: int = 16, symmetric: bool | None = None) -> int:
     """Bits that :class:`Packed` needs at most for a layer with ``nonzeros`` non-zero weights, each stream in whole bytes.
 
@@ -188,6 +219,29 @@ def packed_bits(plan: LayerPlan, nonzeros: int, value_bits: int = 16, symmetric:
         if not (plan.symmetric if symmetric is None else symmetric):
             out += 8 * stream_bytes(groups, plan.bits)
     return out
+
+
+def expected_bytes(plan: LayerPlan, nonzeros: float) -> float:
+    """Bytes that :class:`Packed` needs for a quantized layer whose ``nonzeros`` lie anywhere with equal chance.
+
+    Zeros that gather in some rows make real masks a little smaller.
+    """
+    assert plan.bits is not None
+    rows, columns = plan.shape
+    total = rows * columns
+    stored, mask = float(total), 0.0
+    if plan.pattern == "unstructured":
+        each = min(1.0, _ranked_mask_bits(nonzeros / total))
+        if each * total + nonzeros * plan.bits < total * plan.bits:
+            stored, mask = nonzeros, each * total
+    groups = rows * -(-columns // min(plan.group_size or columns, columns))
+    return (mask + stored * plan.bits + groups * (16 + (0 if plan.symmetric else plan.bits))) / 8
+
+
+def _ranked_mask_bits(density: float) -> float:
+    """Mean bits a weight of blocks of counts and ranks, for independent weights that are non-zero with this chance."""
+    chances = [comb(MAX_GROUP, k) * density**k * (1 - density) ** (MAX_GROUP - k) for k in range(MAX_GROUP + 1)]
+    return (_COUNT_BITS + float(np.dot(chances, _RANK_WIDTHS))) / MAX_GROUP
 
 
 def _bits_dtype(dtype: torch.dtype) -> type[np.unsignedinteger]:

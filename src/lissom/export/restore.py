@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import CheckpointError, OutputError, RecipeError
+from ..core import CheckpointError, FormatError, OutputError, RecipeError
 from ..models import Checkpoint
+from ..models.operators import KEY, read_operators
 from .layout import DTYPES
 from .opened import OpenedCheckpoint, open_model
 from .writer import ArtefactWriter
@@ -62,6 +63,11 @@ def load(source: str | Path | Checkpoint, dtype: str | torch.dtype = "auto") -> 
     checkpoint = open_model(source)
     kind = _dtype(checkpoint, dtype)
     _refuse_problems(checkpoint)
+    if read_operators(getattr(checkpoint.config, KEY, None)).turns:
+        raise FormatError(
+            f"{checkpoint.source} needs a rotation at run time (quarot with online: true), which transformers does not do; "
+            "evaluate it with lissom, or compress with online=false"
+        )
     names = checkpoint.names()
     state = {}
     for name in names:

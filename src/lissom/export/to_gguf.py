@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..core import Codes, FormatError, OutputError, RecipeError
 from ..models import Checkpoint
+from ..models.operators import KEY, read_operators
 from .ggml_blocks import BLOCK, QUANTIZED, blocks_fit, encode_blocks, exact_types, q4_1_error
 from .opened import OpenedCheckpoint, open_model
 
@@ -65,8 +66,17 @@ def export_gguf(
         )
     if target.exists():
         raise OutputError(f"{target} exists; choose another file or remove it")
+    operators = read_operators(getattr(checkpoint.config, KEY, None))
+    if operators.turns:
+        raise FormatError(
+            f"{checkpoint.source} needs a rotation at run time, which llama.cpp does not do; use online=false"
+        )
     tokens = _tokenizer(checkpoint)
     notes: list[str] = []
+    if operators:
+        notes.append(
+            "rounded activations and caches are operators of the run; llama.cpp chooses its own (--cache-type-k, …)"
+        )
     tensors = _choose(checkpoint, type, requantize, notes)
     for line in notes:
         if note:

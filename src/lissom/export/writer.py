@@ -82,8 +82,14 @@ class ArtefactWriter:
     def bytes_by_part(self) -> dict[str, int]:
         return {part: self._parts[part].stat().st_size for part in sorted(self._parts)}
 
-    def finish(self, checkpoint: Checkpoint, dtype: torch.dtype, quantization: Mapping[str, Any] | None = None) -> None:
-        """Number the files, and write index, config.json and the assets of ``checkpoint``. May be repeated."""
+    def finish(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        quantization: Mapping[str, Any] | None = None,
+        more: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Number the files, and write index, config.json (with ``more``) and the assets of ``checkpoint``. May be repeated."""
         names = sorted(self._parts)
         weights: dict[str, str] = {}
         total = 0
@@ -99,7 +105,7 @@ class ArtefactWriter:
             if len(names) > 1:
                 index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))}
                 write_json(self.folder / INDEX, index)
-            write_json(self.folder / "config.json", config_of(checkpoint, dtype, quantization))
+            write_json(self.folder / "config.json", config_of(checkpoint, dtype, quantization) | dict(more or {}))
             checkpoint.copy_assets(self.folder)
         except OSError as error:
             raise OutputError(

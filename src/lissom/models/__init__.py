@@ -4,16 +4,20 @@ from .architectures import ARCHITECTURES, Architecture, architecture_of, known_t
 from .checkpoint import Checkpoint, DirectoryCheckpoint, demo_file, fingerprint, load_tokenizer, open_checkpoint
 from .forward import Block, Linear, Run
 from .model import Model
+from .operators import BlockOperators, InputGrid, Operators
 from .validate import tensor_problems
 
 __all__ = [
     "ARCHITECTURES",
     "Architecture",
     "Block",
+    "BlockOperators",
     "Checkpoint",
     "DirectoryCheckpoint",
+    "InputGrid",
     "Linear",
     "Model",
+    "Operators",
     "Run",
     "architecture_of",
     "demo_file",

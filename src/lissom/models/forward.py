@@ -19,6 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ..core import CheckpointError
 from .architectures import Architecture
 from .layout import Sizes, stages
+from .operators import BlockOperators, Cached
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -65,8 +66,9 @@ class Block:
         self.parameters = parameters
         self.stages = tuple(tuple(la for la in linears if la.stage == s) for s in range(len(stages(row))))
         self.sizes = Sizes.of(row, config)
-        self._at = prefix + row.layer.format(number)
+        self.prefix = self._at = prefix + row.layer.format(number)
         self.observe: Callable[[str, Tensor], None] | None = None  # sees (layer name, output) of every linear layer
+        self.operators: BlockOperators | None = None  # what the run does beside the weights
 
     def weight(self, name: str) -> Tensor:
         """Weight (out, in) of the linear layer ``name``."""
@@ -173,26 +175,41 @@ class Block:
         rotary = self._rotary(tokens, position_ids)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
+        kept = None
+        if self.operators is not None:
+            q, k = self.operators.heads(q, k)
+            if self.operators.operators.cache:
+                kept = [Cached.of(t, grid) for t, grid in zip((k, v), self.operators.operators.cache, strict=True)]
+                k, v = kept[0].old, kept[1].old
+                if all(c.fresh is None for c in kept):
+                    kept = None
         if s.kv_heads != s.heads:
             k, v = (t.repeat_interleave(s.heads // s.kv_heads, dim=1) for t in (k, v))
+            kept = [c.repeated(s.heads // s.kv_heads) for c in kept] if kept else None
         scale = (getattr(self.config, row.query_scale) if row.query_scale else s.head_dim) ** -0.5
         if row.setting(self.config, "scale_by_layer"):
             scale /= self.number + 1
         cap = getattr(self.config, row.attention_cap, None) if row.attention_cap else None
         window = self._window()
         plain = padding is None and row.position != "alibi" and (window is None or window >= tokens)
-        if plain and cap is None:
+        if plain and cap is None and not kept:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=row.causal, scale=scale)
         else:
             bias = attention_bias(tokens, row.causal, window, padding)
             if row.position == "alibi":
                 bias = bias + alibi_slopes(s.heads)[:, None, None] * torch.arange(tokens)
-            if cap is None:
+            if cap is None and not kept:
                 out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
             else:
-                scores = torch.tanh(q @ k.transpose(-1, -2) * (scale / cap)) * cap
-                out = torch.softmax(scores + bias, dim=-1) @ v
+                scores = (kept[0].scores(q) if kept else q @ k.transpose(-1, -2)) * scale
+                scores = scores if cap is None else torch.tanh(scores / cap) * cap
+                p = torch.softmax(scores + bias, dim=-1)
+                out = kept[1].weighted(p) if kept else p @ v
         return out.transpose(1, 2).flatten(2)
+
+    def _enter(self, state: dict[str, Any], stage: int, x: Tensor) -> None:
+        """Stop before ``stage`` with its input."""
+        state["x"] = x if self.operators is None else self.operators.incoming(stage, x)
 
     def _steps(self, state: dict[str, Any], position_ids: Tensor | None, mask: Tensor | None) -> Iterator[None]:
         row, config = self.row, self.config
@@ -201,13 +218,15 @@ class Block:
         after_norm = bool(row.setting(config, "residual_after_norm"))
         activation = activation_of(row, config)
 
-        state["x"] = self._norm(state["hidden"], row.norm_attention) if pre else state["hidden"]
+        x = self._norm(state["hidden"], row.norm_attention) if pre else state["hidden"]
         if after_norm:
-            state["hidden"] = state["x"]
+            state["hidden"] = x
+        self._enter(state, 0, x)
+        del x
         yield
 
         raw = [self._apply(state["x"], name) for _, name in row.attention]
-        state["x"] = self._attend(raw, position_ids, mask)
+        self._enter(state, 1, self._attend(raw, position_ids, mask))
         del raw
         yield
 
@@ -215,19 +234,20 @@ class Block:
         total = state["hidden"] + branch
         del branch
         if parallel:
-            state["x"] = self._norm(state["hidden"], row.norm_mlp)
+            x = self._norm(state["hidden"], row.norm_mlp)
         elif pre:
-            state["x"] = self._norm(total, row.norm_mlp)
+            x = self._norm(total, row.norm_mlp)
         else:
-            state["x"] = total = self._norm(total, row.norm_attention)
-        state["hidden"] = state["x"] if after_norm else total
-        del total
+            x = total = self._norm(total, row.norm_attention)
+        state["hidden"] = x if after_norm else total
+        self._enter(state, 2, x)
+        del total, x
         yield
 
         raw = [self._apply(state["x"], name) for _, name in row.mlp]
         if row.mlp[0][0] == "gate_up":
             raw = list(raw[0].chunk(2, dim=-1))
-        state["x"] = activation(raw[0]) * raw[1] if len(raw) == 2 else activation(raw[0])
+        self._enter(state, 3, activation(raw[0]) * raw[1] if len(raw) == 2 else activation(raw[0]))
         del raw
         yield
 

@@ -15,6 +15,7 @@ from .architectures import Architecture, architecture_of
 from .checkpoint import Checkpoint
 from .forward import Block, Linear, normalise
 from .layout import block_parts, has_final_norm, outer_parts, prefix_of
+from .operators import KEY, BlockOperators, Operators, read_operators
 from .validate import ignorable, tensor_problems
 
 _VOCAB_ROWS = 16384  # rows of a half-precision head that are converted to fp32 at a time
@@ -48,6 +49,7 @@ class Model:
             p for p in outer_parts(self.architecture, self.config, self.prefix, bare=True) if p.name in present
         ]
         self._cache: dict[str, Tensor] = {}
+        self.operators: Operators = read_operators(getattr(self.config, KEY, None), f"{checkpoint.source}/config.json")
 
     # what there is
 
@@ -107,7 +109,9 @@ class Model:
         for part in self._parts[i]:
             value = self._read(part.name).to(torch.float32)
             parameters[part.name] = value.T.contiguous() if part.role and self.architecture.transposed else value
-        return Block(self.architecture, self.config, i, self.prefix, self.linears(i), parameters)
+        block = Block(self.architecture, self.config, i, self.prefix, self.linears(i), parameters)
+        block.operators = BlockOperators(self.operators, i) if self.operators else None
+        return block
 
     def load_outer(self) -> dict[str, Tensor]:
         """Every outer tensor that the forward pass reads, fp32, for training: pass it to ``embed`` and ``head``."""

@@ -18,7 +18,7 @@ from .architectures import Architecture
 from .forward import Block, Linear
 from .layout import Sizes
 
-KINDS = ("heads", "neurons")
+KINDS = ("heads", "neurons")  # of a block; "channels" of the hidden state are cut in all blocks at once: see .channels
 _PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")
 
 
@@ -35,6 +35,11 @@ def refusal(row: Architecture, config: Any, kind: str) -> str | None:
             return f"{row.name}: its config has no head size of its own, so fewer heads would mean other heads"
     elif kind == "neurons" and not hasattr(config, row.inner):
         return f"{row.name}: its config has no size of the MLP of its own"
+    elif kind == "channels":
+        if row.norm == "layer":
+            return f"{row.name}: its norms subtract the mean over all channels, so fewer would change the others"
+        if not row.free_heads:
+            return f"{row.name}: its config has no head size of its own, so a smaller width would mean smaller heads"
     return None
 
 
@@ -60,8 +65,12 @@ def units_of(row: Architecture, config: Any, linears: Sequence[Linear], kind: st
             at = s.heads * d
             rows = {by_role["qkv"]: torch.cat((q, at + kv, at + s.kv_heads * d + kv), 1)}
         columns = {by_role["o"]: q}
+    elif kind == "channels":
+        each = torch.arange(s.width)[:, None]
+        rows = {by_role[r]: each for r in ("o", "down")}
+        columns = {n: each for r, n in by_role.items() if r not in ("o", "down")}
     else:
-        raise ValueError(f"kind of units must be one of {', '.join(KINDS)}, not {kind!r}")
+        raise ValueError(f"kind of units must be one of {', '.join(KINDS)}, channels, not {kind!r}")
     shape = {layer.name: (layer.rows, layer.columns) for layer in linears}
     size = sum(i.shape[1] * shape[n][1] for n, i in rows.items()) + sum(
         i.shape[1] * shape[n][0] for n, i in columns.items()
@@ -97,9 +106,15 @@ def sliced(parameters: Mapping[str, Tensor], units: Units, keep: Tensor) -> dict
 
 
 def smaller_config(
-    row: Architecture, config: Any, heads: int | None, neurons: int | None, blocks: Sequence[int]
+    row: Architecture,
+    config: Any,
+    heads: int | None,
+    neurons: int | None,
+    blocks: Sequence[int],
+    channels: int | None = None,
 ) -> Any:
-    """A copy of the config with so many KV groups and neurons in every block, and only the given ``blocks``."""
+    """A copy of the config with so many KV groups and neurons in every block, only the given ``blocks``, and so many
+    channels of the hidden state."""
     s = Sizes.of(row, config)
     new = copy.deepcopy(config)
     if heads is not None and heads != s.kv_heads:
@@ -109,6 +124,14 @@ def smaller_config(
         new.num_attention_heads = heads * (s.heads // s.kv_heads)
         if getattr(config, "num_key_value_heads", None) is not None:
             new.num_key_value_heads = heads
+    if channels is not None and channels != s.width:
+        if not 1 <= channels <= s.width:
+            raise RecipeError(f"between 1 and {s.width} channels must remain, not {channels}")
+        new.head_dim, new.hidden_size = s.head_dim, channels
+        if not row.setting(config, "qk_norm"):  # whose norms, over a head, have the same ε and do not change
+            setattr(new, row.eps, getattr(config, row.eps) * s.width / channels)
+        if getattr(new, row.inner, None) is None:
+            setattr(new, row.inner, s.inner)
     if neurons is not None and neurons != s.inner:
         if not 1 <= neurons <= s.inner:
             raise RecipeError(f"between 1 and {s.inner} neurons must remain, not {neurons}")

@@ -4,5 +4,6 @@ from .compress import compress, plan
 from .look import inspect
 from .planning import Plan
 from .recipe import Recipe, names, read, shipped
+from .sizing import expectation
 
-__all__ = ["Plan", "Recipe", "compress", "inspect", "names", "plan", "read", "shipped"]
+__all__ = ["Plan", "Recipe", "compress", "expectation", "inspect", "names", "plan", "read", "shipped"]

@@ -13,9 +13,10 @@ from ..core import Both, Budget, LayerSummary, Problem, Stack
 from ..evaluate import token_losses
 from ..models import Linear, Model
 from .data import CalibrationSet, embed
-from .planning import Plan, allocation_for, allocation_samples, wanted
+from .layers import wanted
+from .planning import Plan, allocation_for, allocation_samples
 from .recipe import Step
-from .stream import solve_stage, stream_block
+from .stream import LayerResult, solve_stage, stream_block
 
 Tick = Callable[[str, int, int], None]
 Budgets = dict[int, Budget]  # by index of the solver step in the recipe
@@ -24,6 +25,8 @@ _HELD_OUT = 8
 
 def needs_held_out(plan: Plan) -> int:
     """Held-out windows that the plan wants: some when a spread is to be chosen, else none."""
+    if plan.recipe.target:
+        return _HELD_OUT
     return _HELD_OUT if any(getattr(s.config, "spread", None) == "auto" for s in plan.recipe.steps) else 0
 
 
@@ -71,6 +74,7 @@ def summarise(
     hidden, out = (embed(model, ids) if method.needs else []), []
     for i in range(model.blocks):
         block = model.load_block(i)
+        values: dict[str, float] = {}
         problems: list[Problem] = []
         members: list[Linear] = []
 
@@ -89,17 +93,31 @@ def summarise(
                 members.extend(layers)
 
         if method.needs:
+            before = list(hidden)
             hidden = stream_block(block, hidden, gather, "gram" in method.needs)
+            values = {"share": share_of_stream(before, hidden)}
         else:
             from ..core import Stats
 
             for stage in block.stages:
                 gather(stage, Stats.empty(stage[0].columns, gram=False))
-        values = method.summarise(problems, target, allocation.config)
-        out += [_summary(layer, v) for layer, v in zip(members, values, strict=True)]
+        own = method.summarise(problems, target, allocation.config)
+        out += [_summary(layer, values | v) for layer, v in zip(members, own, strict=True)]
         if tick:
             tick("allocate", i + 1, model.blocks)
     return out
+
+
+def share_of_stream(before: list[Tensor], after: list[Tensor]) -> float:
+    """Median over tokens of ‖h_out − h_in‖² / ‖h_out‖²: the part of the residual stream that a block wrote itself.
+
+    The median, because a few tokens (the first of a text above all) carry norms hundreds of times larger.
+    """
+    parts = [
+        ((b - a).square().sum(-1) / b.square().sum(-1).clamp_min(torch.finfo(b.dtype).tiny)).flatten()
+        for a, b in zip(before, after, strict=True)
+    ]
+    return float(torch.cat(parts).median())
 
 
 def _summary(layer: Linear, values: Mapping[str, float]) -> LayerSummary:
@@ -109,14 +127,31 @@ def _summary(layer: Linear, values: Mapping[str, float]) -> LayerSummary:
 def trial_loss(
     model: Model, plan: Plan, budgets: Budgets, data: CalibrationSet, tick: Tick | None = None, label: str = "trial"
 ) -> float:
-    """Mean next-token loss (nats) on the held-out windows of a model compressed under ``budgets``; nothing is written.
+    """Mean next-token loss (nats) on the held-out windows of a model compressed under ``budgets``; nothing is written."""
+    final = trial(model, plan, budgets, data, tick, label)
+    losses = [token_losses(model, h[None], row).mean() for h, row in zip(final, data.held_out, strict=True)]
+    return float(torch.stack(losses).mean())
 
-    The held-out windows stream along through the compressed blocks and never feed the statistics.
+
+def trial(
+    model: Model,
+    plan: Plan,
+    budgets: Budgets,
+    data: CalibrationSet,
+    tick: Tick | None = None,
+    label: str = "trial",
+    outer: Mapping[str, Tensor] | None = None,
+    visit: Callable[[LayerResult], None] | None = None,
+) -> Tensor:
+    """Hidden states of the held-out windows after the last compressed block, (windows, tokens, width).
+
+    The held-out windows stream along through the compressed blocks and never feed the statistics. ``outer``: tensors to embed with
+    instead of the model's own; ``visit`` sees every solved layer.
     """
     ids = data.ids[: allocation_samples(plan.recipe)]
-    batches = embed(model, ids)
+    batches = embed(model, ids, outer)
     watch = len(batches)
-    hidden = batches + embed(model, data.held_out)
+    hidden = batches + embed(model, data.held_out, outer)
     steps = [(s, budgets.get(i)) for i, s in enumerate(plan.recipe.steps) if s.method.kind == "solver"]
     gram = any("gram" in s.method.needs for s, _ in steps)
     for i in range(model.blocks):
@@ -126,10 +161,10 @@ def trial_loss(
             weights = {layer.name: block.weight(layer.name) for layer in stage}
             for result in solve_stage(stage, weights, stats, steps):
                 block.set_weight(result.layer.name, result.solved.weight)
+                if visit:
+                    visit(result)
 
         hidden = stream_block(block, hidden, solve, gram, watch=watch)
         if tick:
             tick(label, i + 1, model.blocks)
-    final = torch.cat(hidden[watch:])
-    losses = [token_losses(model, h[None], row).mean() for h, row in zip(final, data.held_out, strict=True)]
-    return float(torch.stack(losses).mean())
+    return torch.cat(hidden[watch:])

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ..core import Both, Grid, Problem, Solved, Stack, Stats
-from ..export import ArtefactWriter, Layout, StoredLayer, codec_named
+from ..export import ArtefactWriter, CompressedTensors, Layout, StoredLayer, codec_named
 from ..models import Block, Linear, Model
+from ..models.operators import KEY
 from .recipe import Save
 from .stream import LayerResult
 from .verify import checksum
@@ -27,7 +28,8 @@ class LayerRecord:
     """What the manifest keeps of a linear layer. ``bytes`` on disk; ``checksum`` CRC-32 of the decoded fp32 weights.
 
     ``error``, ``relative_error``: of the layer, as its solver left it. ``healed``: when a block step went over it, the
-    relative error of the whole block's output before and after, on samples held back.
+    relative error of the whole block's output before and after, on samples held back. ``input_scale``: the static scale of
+    its rounded inputs.
     """
 
     name: str
@@ -47,6 +49,10 @@ class LayerRecord:
     bytes: int
     checksum: int
     healed: Mapping[str, float] | None = None
+    input_scale: float | None = None
+
+
+_NOT_WEIGHTS = {"bias", "input_scale"}  # of a layer, beside what its codec wrote
 
 
 def artefact_dtype(model: Model, wanted: str) -> torch.dtype:
@@ -65,6 +71,8 @@ class Artefact:
     def __init__(self, work: Path, model: Model, save: Save):
         self.model, self.save = model, save
         self.codec = codec_named(save.format)
+        if isinstance(self.codec, CompressedTensors) and model.operators.cache:
+            self.codec = CompressedTensors(self.codec.format, self.codec.zero_points, model.operators.cache[0])
         self.dtype = artefact_dtype(model, save.dtype)
         self.writer = ArtefactWriter(work)
         self._entries: dict[str, dict[str, Any]] = {}
@@ -94,22 +102,29 @@ class Artefact:
             stored, size, pattern, bits, group = kept.float(), kept.numel() * kept.element_size(), "dense", 16, None
         else:
             pattern = result.pattern
-            stored, size = self.store(layer.name, result.solved, Layout(self.dtype, pattern, transposed))
+            grid = self.model.operators.activations
+            bits = grid.bits if grid and layer.stage in grid.stages else None
+            layout = Layout(self.dtype, pattern, transposed, bits, bool(grid and grid.static))
+            stored, size = self.store(layer.name, result.solved, layout)
             codes = result.solved.codes
             bits, group = (codes.bits, codes.group_size) if codes else (16, None)
+        scale = block.operators.scales.get(layer.stage) if block.operators else None
+        if scale is not None and isinstance(self.codec, CompressedTensors):
+            self._pending[f"{layer.name}.input_scale"] = torch.tensor([scale], dtype=torch.float16)
         notes: Mapping[str, float] = result.notes if result else {}
         record = LayerRecord(
             layer.name, layer.block, layer.role, [layer.rows, layer.columns], layer.rows * layer.columns, pattern,
             float((stored == 0).double().mean()), bits, group, cluster,
             result.error if result else None, result.relative_error if result else None,
             notes.get("damping"), int(notes.get("dead", 0)), size, checksum(stored),
-            {k: notes[f"block_error_{k}"] for k in ("before", "after")} if "block_error_after" in notes else None,
+            {k: notes[f"block_error_{k}"] for k in ("before", "after")} if "block_error_after" in notes else None, scale,
         )  # fmt: skip
         return record, stored
 
     def read(self, i: int) -> dict[str, StoredLayer]:
         """The encoded layers of block ``i`` as its finished part holds them."""
         tensors, entries = self.writer.read(f"block-{i:05d}")
+        tensors = {k: t for k, t in tensors.items() if k.rpartition(".")[2] not in _NOT_WEIGHTS}
         return {
             name: self.codec.decode(
                 {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}, entry
@@ -158,6 +173,8 @@ class Artefact:
     def close(self) -> dict[str, int]:
         """Write index, configuration and tokenizer; returns bytes by part of the finished weight files."""
         entries = self.writer.entries()
-        quantization = self.codec.config(entries, Layout(self.dtype)) if entries else None
-        self.writer.finish(self.model.checkpoint, self.dtype, quantization)
+        cached = isinstance(self.codec, CompressedTensors) and self.codec.cache is not None
+        quantization = self.codec.config(entries, Layout(self.dtype)) if entries or cached else None
+        more = {KEY: self.model.operators.describe()} if self.model.operators else {}
+        self.writer.finish(self.model.checkpoint, self.dtype, quantization, more)
         return self.writer.bytes_by_part()

@@ -34,6 +34,14 @@ def forward_of(block: Block) -> BlockForward:
     return forward
 
 
+def dense_targets(block: Block, dense: Sequence[Tensor]) -> list[Tensor]:
+    """Outputs of the block as it is in the dense model, which has no operators."""
+    operators, block.operators = block.operators, None
+    targets = [block.forward(h) for h in dense]
+    block.operators = operators
+    return targets
+
+
 def work_on_block(
     block: Block,
     results: Sequence[LayerResult],

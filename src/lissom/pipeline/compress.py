@@ -11,6 +11,7 @@ import json
 import os
 import resource
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -30,13 +31,19 @@ from . import gradients
 from . import recipe as recipes
 from .allocate import Budgets, budgets_for, needs_held_out
 from .artefact import Artefact, LayerRecord, artefact_dtype
-from .blockwise import block_steps, work_on_block
+from .blockwise import block_steps, dense_targets, work_on_block
 from .data import CalibrationSet, embed, load_calibration
+from .folding import folded_model
 from .healing import heal, training_steps
-from .planning import Plan, make_plan
+from .lock import alone
+from .operating import calibrator, operated, with_scales
+from .planning import Plan
 from .recipe import Step
+from .shapes import structured_plan
+from .sizing import check_target, chosen_save, expectation, size_budgets, with_choice
 from .stream import LayerResult, Spill, solve_stage, stream_block
-from .structured import planned_model, smaller_model
+from .structured import smaller_model
+from .structured_targets import with_targets
 from .verify import verify
 
 _ERROR_SAMPLES = 4  # samples for the reported errors of methods that need no data themselves
@@ -45,11 +52,30 @@ Note = Callable[[str], None]
 
 
 def plan(
-    source: str | Path, recipe: Any = "aggressive", *, overrides: Sequence[str] = (), out: str | Path | None = None
+    source: str | Path,
+    recipe: Any = "aggressive",
+    *,
+    overrides: Sequence[str] = (),
+    out: str | Path | None = None,
+    tick: Tick | None = None,
 ) -> Plan:
-    """Resolve a recipe against a model without touching weights. Raises ``RecipeError`` with all mistakes."""
+    """Resolve a recipe against a model without writing weights. Raises ``RecipeError`` with all mistakes.
+
+    A recipe with a target is measured here as in a run, which takes minutes; any other takes no look at the weights.
+    """
     checked = recipes.read(recipe, overrides)
-    return make_plan(planned_model(Model(open_model(source)), checked), checked, Path(out) if out else None)
+    model = Model(open_model(source))
+    checked, _ = with_targets(model, checked)
+    made = structured_plan(model, checked, Path(out) if out else None)
+    if checked.target is None:
+        return made
+    check_target(model, made)
+    data = load_calibration(
+        model.checkpoint.tokenizer(), checked.calibration, model.config.vocab_size, needs_held_out(made)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        budgets, record = size_budgets(model, made, data, Path(folder), tick)
+    return with_choice(made, budgets, record)
 
 
 @torch.no_grad()
@@ -72,42 +98,66 @@ def compress(
     ``tick(label, done, total)`` and ``note(text)`` report progress. Returns the manifest with timings.
     Raises :class:`lissom.core.LissomError` subclasses before work starts when anything does not fit.
     """
-    started = time.perf_counter()
     target = Path(out)
     if target.exists():
         raise OutputError(f"{target} exists; choose another directory or remove it")
     _writable(target)
     checked = recipes.read(recipe, overrides)
+    work = target.with_name(target.name + ".partial")
+    with alone(work):
+        return _compress(source, target, work, checked, resume, spill, tick, note, command)
+
+
+def _compress(
+    source: str | Path,
+    target: Path,
+    work: Path,
+    checked: recipes.Recipe,
+    resume: bool,
+    spill: bool,
+    tick: Tick | None,
+    note: Note | None,
+    command: str,
+) -> dict[str, Any]:
+    started = time.perf_counter()
     checkpoint = open_model(source)
     dense = model = Model(checkpoint)
-    made = make_plan(planned_model(model, checked), checked, target)
+    asked = checked
+    checked, targets = with_targets(model, asked, work / "targets.json" if resume else None)
+    made = structured_plan(model, checked, target)
+    check_target(model, made)
     data = load_calibration(checkpoint.tokenizer(), checked.calibration, model.config.vocab_size, needs_held_out(made))
-    if not any(step.method.needs for step in checked.steps):
+    if not any(step.method.needs for step in checked.steps) and checked.target is None:
         data = replace(data, ids=data.ids[:_ERROR_SAMPLES])
     for warning in made.warnings:
         _say(note, f"note: {warning}")
     identity = {
         "lissom": __version__,
         "source": checkpoint.fingerprint(),
-        "recipe": {k: v for k, v in checked.describe().items() if k in ("steps", "save")},
+        "recipe": {k: v for k, v in asked.describe().items() if k in ("steps", "save", "target")},
         "calibration": {"hash": data.hash, "held_out": len(data.held_out), **asdict(checked.calibration)},
         "threads": torch.get_num_threads(),
     }
-    work = target.with_name(target.name + ".partial")
     if not (work / "run.json").exists():
         model.check_weights()  # minutes before hours of work
     _start(work, identity, resume, note)
+    if targets:
+        _dump(work / "targets.json", targets)
     stages: dict[str, float] = {}
 
     clock = time.perf_counter()
     model, removed = smaller_model(
         dense, checked, data.ids, work / "smaller", artefact_dtype(dense, checked.save.dtype), tick
     )
+    model, folded = folded_model(model, checked, data.ids, work / "folded", tick)
     stages["structured"] = time.perf_counter() - clock
+    model = operated(model, checked)
 
     clock = time.perf_counter()
     budgets, allocation = _budgets(work, model, made, data, tick)
     stages["allocate"] = time.perf_counter() - clock
+    if checked.target:
+        _say(note, expectation(next(iter(allocation.values()))))
 
     clock = time.perf_counter()
     extras = gradients.wanted_extras([step.name for step in checked.steps])
@@ -116,11 +166,12 @@ def compress(
     stages["gradients"] = time.perf_counter() - clock
 
     clock = time.perf_counter()
-    artefact = Artefact(work, model, checked.save)
+    artefact = Artefact(work, model, chosen_save(checked, allocation))
     records = _blocks(work, model, made, budgets, data, artefact, spill, tick, note)
     sample = _first(load_file(_hidden_files(work)[model.blocks]))
     stages["blocks"] = time.perf_counter() - clock
 
+    model.operators = with_scales(model, {r.name: r.input_scale for r in records if r.input_scale is not None})
     healing: dict[str, Any] = {}
     for step in training_steps(checked):
         clock = time.perf_counter()
@@ -141,6 +192,9 @@ def compress(
         "calibration": identity["calibration"],
         "allocation": allocation,
         "structured": removed,
+        "targets": targets,
+        "folded": folded,
+        "operators": model.operators.describe(),
         "healing": healing,
         "layers": [asdict(r) for r in records],
         "dense_bytes": checkpoint.bytes,
@@ -174,11 +228,12 @@ def compress(
         *_hidden_files(work).values(),
         work / "run.json",
         work / "budgets.json",
+        work / "targets.json",
         *work.glob("records-*.json"),
         *work.glob("gradients-*.safetensors"),
     ):
         leftover.unlink(missing_ok=True)
-    for folder in ("training", "smaller"):
+    for folder in ("training", "smaller", "curves", "folded"):
         shutil.rmtree(work / folder, ignore_errors=True)
     os.replace(work, target)
     return manifest | timings | {"out": str(target)}
@@ -248,12 +303,13 @@ def _budgets(
 ) -> tuple[Budgets, dict[str, Any]]:
     path = work / "budgets.json"
     if not path.exists():
-        budgets, record = budgets_for(model, made, data, tick)
+        if made.recipe.target:
+            budgets, record = size_budgets(model, made, data, work / "curves", tick)
+        else:
+            budgets, record = budgets_for(model, made, data, tick)
         _dump(path, {"budgets": {str(i): asdict(b) for i, b in budgets.items()}, "record": record})
     saved = json.loads(path.read_text(encoding="utf-8"))
-    return {int(i): Budget(b["quantity"], b["values"], b["cluster"]) for i, b in saved["budgets"].items()}, saved[
-        "record"
-    ]
+    return {int(i): Budget(**b) for i, b in saved["budgets"].items()}, saved["record"]
 
 
 def _hidden_files(work: Path) -> dict[int, Path]:
@@ -316,8 +372,9 @@ def _blocks(
     for i in range(done, model.blocks):
         block = model.load_block(i)
         here, hidden, dense = _solve_block(
-            block, artefact, steps, gradients.block_extras(work, i), healing, hidden, dense, budgets, waiting, note
-        )
+            block, artefact, steps, gradients.block_extras(work, i), healing, hidden, dense, budgets, waiting, note,
+            calibrator(made.recipe),
+        )  # fmt: skip
         artefact.block(i, block)
         _dump(work / f"records-{i:05d}.json", [asdict(r) for r in here])
         _keep_hidden(work, i + 1, hidden, dense)
@@ -340,6 +397,7 @@ def _solve_block(
     budgets: Budgets,
     waiting: Spill | None,
     note: Note | None,
+    calibrate: Callable[[Tensor], float] | None = None,
 ) -> tuple[list[LayerRecord], list[Tensor], list[Tensor]]:
     """Solve and encode one block; returns its layers' records and what it gives to the next block, in both streams.
 
@@ -347,7 +405,7 @@ def _solve_block(
     """
     gram = any("gram" in s.method.needs for s, _ in steps)
     asked = max((getattr(s.config, "damping", 0.0) for s, _ in steps), default=0.0)
-    targets = [block.forward(h) for h in dense]
+    targets = dense_targets(block, dense)
     inputs = list(hidden) if healing else []
     artefact.settle(block)
     solved: list[LayerResult] = []
@@ -370,7 +428,7 @@ def _solve_block(
             if damping and damping > asked * 1.001:
                 _say(note, f"{layer.name}: damping raised to {damping:g} until the Gram matrix was positive definite")
 
-    hidden = stream_block(block, hidden, solve, gram, waiting)
+    hidden = stream_block(block, hidden, solve, gram, waiting, calibrate=calibrate)
     if healing:
         healed = work_on_block(block, solved, inputs, dense, targets, healing)
         keep([r.layer for r in healed], healed)

@@ -24,6 +24,7 @@ from ..models import Block, Model
 Tick = Callable[[str, int, int], None]
 # method → what it reads from ``Problem.extras``
 WANTED = {"gblm": "gradient", "obd": "fisher", "obs": "samples", "llm-surgeon": "output_gram"}
+OUTPUT_POWER = "output_power"  # (out,), E[g²] of the gradients g at the outputs: the diagonal of "output_gram"
 _TOKENS = 256  # of the head's logits at a time
 
 
@@ -108,16 +109,19 @@ def _backward(
     names = [layer.name for layer in block.linears]
     weights = [block.weight(name).requires_grad_() for name in names]
     kept: dict[str, Tensor] = {}
-    grams = {layer.name: torch.zeros(layer.rows, layer.rows) for layer in block.linears}
+    grams = {layer.name: torch.zeros(layer.rows, layer.rows) for layer in block.linears if "output_gram" in extras}
+    powers = {layer.name: torch.zeros(layer.rows) for layer in block.linears}
 
     def observe(name: str, output: Tensor) -> None:
         def add(g: Tensor) -> None:
             flat = g.detach().flatten(0, -2)
-            grams[name] += flat.T @ flat
+            powers[name] += flat.square().sum(0)
+            if name in grams:
+                grams[name] += flat.T @ flat
 
         output.register_hook(add)
 
-    if "output_gram" in extras:
+    if "output_gram" in extras or OUTPUT_POWER in extras:
         block.observe = observe
     squares = [torch.zeros_like(w, requires_grad=False) for w in weights]
     samples: list[list[Tensor]] = [[] for _ in weights]
@@ -137,6 +141,8 @@ def _backward(
             kept[f"{name}|fisher"] = squares[i] / len(inputs)
         if "samples" in extras:
             kept[f"{name}|samples"] = torch.stack(samples[i])
+        if OUTPUT_POWER in extras:
+            kept[f"{name}|{OUTPUT_POWER}"] = powers[name] / (len(inputs) * inputs.shape[1])
         if "output_gram" in extras:
             kept[f"{name}|output_gram"] = grams[name] / (len(inputs) * inputs.shape[1])
     return before, kept

@@ -14,10 +14,21 @@ from torch import Tensor
 
 from ..core import CalibrationError, Codes, Solved
 from ..evaluate import fingerprint, load_text, tokenize, windows
-from ..export import StoredLayer
+from ..export import StoredLayer, open_model
 from ..methods.heal.legal import Legal
 from ..models import Model
-from ..train import Batches, Latent, LoRA, Network, Training, held_out_loss, solved_of, train
+from ..train import (
+    Batches,
+    Latent,
+    LoRA,
+    Network,
+    Training,
+    cache_teacher,
+    held_out_loss,
+    loss_against_cache,
+    solved_of,
+    train,
+)
 from .artefact import Artefact, LayerRecord
 from .recipe import Recipe, Step
 from .stream import LayerResult
@@ -27,6 +38,31 @@ Tick = Callable[[str, int, int], None]
 
 def training_steps(recipe: Recipe) -> list[Step]:
     return [s for s in recipe.steps if s.method.kind == "training"]
+
+
+def teacher_of(dense: Model, step: Step) -> Model:
+    """What a step learns from: the checkpoint that it names, else the model before compression. Nothing is loaded."""
+    named = getattr(step.config, "teacher", "")
+    return Model(open_model(named)) if named else dense
+
+
+def teacher_problems(dense: Model, student: Model, recipe: Recipe) -> list[str]:
+    """Teachers that cannot teach ``student``, the model as structured steps will leave it."""
+    out = []
+    for step in training_steps(recipe):
+        teacher = teacher_of(dense, step)
+        theirs, ours = teacher.config.vocab_size, student.config.vocab_size
+        if theirs != ours:
+            out.append(
+                f"{step.name}: the teacher {teacher.checkpoint.source} has a vocabulary of {theirs}, the student of {ours}: "
+                "they must share the tokenizer"
+            )
+        elif getattr(step.config, "hidden", 0) and teacher.width != student.width:
+            out.append(
+                f"{step.name}: hidden states of the teacher have {teacher.width} channels, those of the student "
+                f"{student.width}, which cannot be compared; set hidden=0"
+            )
+    return out
 
 
 @dataclass(frozen=True)
@@ -65,25 +101,24 @@ def heal(
         )
     judged = windows(tokens[-apart:], config.held_out, config.length)
     batches = Batches(tokens[:-apart], config.length, config.batch, config.seed)
-    student, before = _student(model, artefact, records, config, everything=dense is not model)
-    teacher = Network(dense)
-
-    def loss(batch: Tensor) -> Tensor:
-        wants_hidden = config.hidden > 0
-        ours = student.forward(batch, hidden=wants_hidden)
-        with torch.no_grad():
-            theirs = teacher.forward(batch, hidden=wants_hidden) if config.objective().needs_teacher else None
-        return step.method.run(ours, theirs, batch, config)
-
+    student, before = _student(model, artefact, records, config, everything=_shrunk(dense, model))
+    teacher = teacher_of(dense, step)
+    if config.cache:
+        loss = _cached_loss(teacher, student, batches, config, folder / "teacher")
+    else:
+        loss = _loss(teacher, student, step)
     settings = Training(
         steps=config.steps, minutes=config.minutes, accumulate=config.accumulate, learning_rate=config.learning_rate,
-        warmup=config.warmup, evaluate_every=config.evaluate_every, precision=config.precision,
-        save_every=4 * config.evaluate_every,
+        warmup=config.warmup, ema=config.ema, patience=config.patience, evaluate_every=config.evaluate_every,
+        precision=config.precision, save_every=4 * config.evaluate_every,
     )  # fmt: skip
     state = train(
         student.leaves(), loss, batches, settings, folder=folder,
+        tensorboard=Path(config.tensorboard) if config.tensorboard else None,
         held_out=lambda: held_out_loss(student, judged),
-        identity=json.dumps([asdict(config), fingerprint(tokens), _fingerprint(before)]),
+        identity=json.dumps(
+            [asdict(config), fingerprint(tokens), _fingerprint(before), teacher.checkpoint.fingerprint()]
+        ),
         tick=lambda done, total, row: tick("heal", done, total) if tick else None,
     )  # fmt: skip
     new = _write(student, artefact, records, before)
@@ -95,13 +130,45 @@ def heal(
     return Healed(new, hidden, history)
 
 
+def _loss(dense: Model, student: Network, step: Step) -> Callable[[Tensor], Tensor]:
+    """Of the student beside the dense model, which runs along where a term of the loss needs it."""
+    config = step.config
+    teacher = Network(dense)
+
+    def loss(batch: Tensor) -> Tensor:
+        wants_hidden = config.hidden > 0
+        ours = student.forward(batch, hidden=wants_hidden)
+        with torch.no_grad():
+            theirs = teacher.forward(batch, hidden=wants_hidden) if config.objective().needs_teacher else None
+        return step.method.run(ours, theirs, batch, config)
+
+    return loss
+
+
+def _cached_loss(
+    dense: Model, student: Network, batches: Batches, config: Any, folder: Path
+) -> Callable[[Tensor], Tensor]:
+    """The same, from the largest log-probabilities of the dense model, written once before the first step."""
+    if config.cache >= dense.config.vocab_size:
+        raise CalibrationError(
+            f"cache must be less than the vocabulary of {dense.config.vocab_size}, not {config.cache}"
+        )
+    cache_teacher(Network(dense), batches, range(config.steps), config.cache, folder)
+    dense.release()
+    return loss_against_cache(student, folder, config.objective())
+
+
+def _shrunk(dense: Model, model: Model) -> bool:
+    return dense.blocks != model.blocks or dense.linears(0) != model.linears(0)
+
+
 def _student(
     model: Model, artefact: Artefact, records: Sequence[LayerRecord], config: Any, everything: bool
 ) -> tuple[Network, dict[str, StoredLayer]]:
     """The model as its parts decode, with a form for everything that is trained, and the layers as they are stored."""
     stored = {n: layer for i in range(model.blocks) for n, layer in artefact.read(i).items()}
     by_name = {r.name: r for r in records}
-    student = Network(model)
+    student = Network(model, recompute=config.recompute)
     student.outer |= {k: v for k, v in artefact.outer().items() if k in student.outer}
     model.release()
     for block in student.blocks:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -13,13 +12,16 @@ from typing import Any
 
 import torch
 
-from ..core import NM, Both, Budget, Grid, RecipeError, Sparse
+from ..core import RecipeError
 from ..export import LayerPlan, codec_named
 from ..models import Linear, Model
-from .recipe import ConstraintSettings, Recipe, Step
+from .folding import fold_problems
+from .layers import named, wanted
+from .operating import operator_advice, operator_problems, operators_of
+from .recipe import TRAINED, Recipe, Step
 
 _PYTHON_AND_TORCH = 700 << 20  # resident bytes of an idle process with torch and transformers loaded
-ROLES = frozenset({"q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down"})
+CURVE_WEIGHTS = 20_000_000  # of all choices of a stage that are solved together when curves are measured
 _UNIT = 32  # a shorter last quantization group must still be whole units of this many inputs
 
 
@@ -33,7 +35,8 @@ class Pass:
 
 @dataclass(frozen=True)
 class Plan:
-    """``passes`` in order; ``layers`` rows for people; estimates in bytes and seconds; ``warnings``."""
+    """``passes`` in order; ``layers`` rows for people; estimates in bytes and seconds; ``warnings``; ``target``: what a recipe
+    with a target chose and expects, once measured."""
 
     recipe: Recipe
     passes: tuple[Pass, ...]
@@ -41,9 +44,10 @@ class Plan:
     model: dict[str, Any]
     estimates: dict[str, float]
     warnings: tuple[str, ...] = field(default=())
+    target: dict[str, Any] | None = None
 
     def describe(self) -> dict[str, Any]:
-        return {
+        return ({"target": self.target} if self.target else {}) | {
             "recipe": self.recipe.describe(),
             "model": self.model,
             "estimates": self.estimates,
@@ -66,44 +70,6 @@ def allocation_for(recipe: Recipe, solver: Step) -> Step | None:
     return before if before is not None and before.method.kind == "allocation" else None
 
 
-def named(expression: str, layer: Linear) -> bool:
-    """Whether an entry of ``only`` or ``ignore`` means the layer. A role is never taken as a regular expression, since
-    "o" or "q" would be found in nearly every name."""
-    return expression == layer.role if expression in ROLES else re.search(expression, layer.name) is not None
-
-
-def wanted(layer: Linear, settings: ConstraintSettings) -> bool:
-    """Whether a step with these settings touches the layer (by role, or by regular expression on the name)."""
-
-    if settings.only and not any(named(e, layer) for e in settings.only):
-        return False
-    return not any(named(e, layer) for e in settings.ignore)
-
-
-def constraint_for(layer: Linear, settings: ConstraintSettings, budget: Budget | None) -> Both:
-    """The constraint of one layer under its budget."""
-    sparsity, bits = settings.sparsity or 0.0, settings.bits
-    if budget is not None and layer.name in budget.values:
-        if budget.quantity == "bits":
-            bits = round(budget.values[layer.name])
-        else:
-            sparsity = budget.values[layer.name]
-    pattern: Sparse | NM | None = None
-    if settings.nm:
-        n, m = settings.nm
-        pattern = NM(n, m) if n < m else None
-    elif settings.free_m:
-        n = round((1 - sparsity) * settings.free_m)
-        pattern = NM(max(n, 1), settings.free_m) if n < settings.free_m else None
-    elif sparsity > 0:
-        pattern = Sparse(sparsity, settings.per or "layer")
-    grid = None
-    if bits != 16:
-        size = settings.group_size or None
-        grid = Grid(bits, None if size is None or size >= layer.columns else size, settings.symmetric, settings.range)
-    return Both(pattern, grid)
-
-
 def make_plan(model: Model, recipe: Recipe, out: Path | None = None, calibration_tokens: int | None = None) -> Plan:
     """Resolve ``recipe`` against ``model``. Raises :class:`RecipeError` that lists every problem."""
     problems: list[str] = []
@@ -112,6 +78,9 @@ def make_plan(model: Model, recipe: Recipe, out: Path | None = None, calibration
     solvers = [s for s in recipe.steps if s.method.kind == "solver"]
     for step in solvers:
         problems += _misfits(step, layers, warnings)
+    problems += fold_problems(model, recipe, warnings)
+    problems += operator_problems(model, recipe)
+    warnings += operator_advice(recipe, operators_of(model, recipe))
     trained = [s for s in recipe.steps if s.method.kind == "training"]
     if trained and recipe.save.format == "dense" and any(s.constraint.bits != 16 for s in solvers):
         problems.append(
@@ -282,18 +251,28 @@ def estimate(model: Model, recipe: Recipe, layers: list[Linear], tokens: int) ->
     if any(s.method.kind == "allocation" and s.method.needs for s in recipe.steps):
         share += allocation_samples(recipe) / recipe.calibration.samples
     sweeps = sum(la.columns * 2.0e-4 + la.rows * la.columns**2 / 4e10 for la in layers) if needs_gram else 0
+    if recipe.target:  # forwards and backwards of the curves, and one trial for each tilt
+        memory += 6 * 4 * CURVE_WEIGHTS
+        trials = len(recipe.target.tilts)
+        share += (6 + 2 * trials) * allocation_samples(recipe) / recipe.calibration.samples
+        sweeps *= 6 + trials
+    cached = 0  # a teacher's answers on disk: an index and half a float each
     seconds = 1.3 * tokens * per_token * share / matmul_speed() + sweeps + weights / 4e7
     for step in recipe.steps:
-        if step.method.kind == "training":  # two models, gradients, two moments, the best so far, logits
+        if step.method.kind in ("training", *TRAINED):  # two models, gradients, two moments, the best so far, logits
             c = step.config
             logits = 4 * 4 * c.batch * c.length * model.config.vocab_size // c.accumulate
             memory = max(memory, _PYTHON_AND_TORCH + 4 * 6 * model.parameters_count + logits)
             whole = 4.0 * c.steps * c.batch * c.length * model.parameters_count / matmul_speed()
-            seconds += whole if c.minutes is None else min(whole, 60 * c.minutes)
+            cached = max(cached, 6 * c.steps * c.batch * c.length * getattr(c, "cache", 0))
+            minutes = getattr(c, "minutes", None)
+            seconds += whole if minutes is None else min(whole, 60 * minutes)
     seconds += 3.5 * tokens * weights * sum(epochs) / matmul_speed() if epochs else 0
+    # dense float32 checkpoints of the steps that rewrite weights
+    folded = 4 * model.parameters_count * sum(s.method.kind in ("fold", "rotation") for s in recipe.steps)
     return {
         "memory_bytes": float(memory),
-        "disk_bytes": float(size + 4 * tokens * hidden * (2 if epochs else 1)),
+        "disk_bytes": float(size + folded + 4 * tokens * hidden * (2 if epochs else 1) + cached),
         "size_bytes": float(size),
         "seconds": float(seconds),
     }

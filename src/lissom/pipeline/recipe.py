@@ -27,6 +27,7 @@ import yaml
 from ..core import Method, RecipeError
 from ..methods import METHODS
 from .settings import build, suggest
+from .target import Target, problems_of
 
 
 @dataclass(frozen=True)
@@ -107,20 +108,21 @@ class Step:
 
 @dataclass(frozen=True)
 class Recipe:
-    """``name``, one-line ``summary``, ``steps`` in order, how to ``save``, and the default ``calibration``."""
+    """``name``, one-line ``summary``, ``steps`` in order, how to ``save``, the default ``calibration``, and a ``target``."""
 
     name: str
     steps: tuple[Step, ...]
     summary: str = ""
     save: Save = field(default_factory=Save)
     calibration: Calibration = field(default_factory=Calibration)
+    target: Target | None = None
 
     def describe(self) -> dict[str, Any]:
         """Plain data from which :func:`read` makes the same recipe again."""
         steps = []
         for step in self.steps:
             entry: dict[str, Any] = {"use": step.name}
-            if step.method.kind == "solver":
+            if step.method.kind in ("solver", "fold"):
                 entry |= {k: v for k, v in dataclasses.asdict(step.constraint).items() if v not in (None, ())}
             entry |= dataclasses.asdict(step.config)
             steps.append(_plain(entry))
@@ -130,7 +132,7 @@ class Recipe:
             "steps": steps,
             "save": dataclasses.asdict(self.save),
             "calibration": dataclasses.asdict(self.calibration),
-        }
+        } | ({"target": _plain(dataclasses.asdict(self.target))} if self.target else {})
 
 
 def _plain(value: Any) -> Any:
@@ -179,8 +181,8 @@ def read(source: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]], o
     name, data = _load(source)
     problems: list[str] = []
     for key in data:
-        if key not in ("name", "summary", "steps", "save", "calibration"):
-            known = ["summary", "steps", "save", "calibration"]
+        if key not in ("name", "summary", "steps", "save", "calibration", "target"):
+            known = ["summary", "steps", "save", "calibration", "target"]
             problems.append(f"recipe {name}: unknown key {key!r}{suggest(key, known)}")
     raw_steps = data.get("steps") or []
     if not isinstance(raw_steps, Sequence) or isinstance(raw_steps, str):
@@ -199,13 +201,17 @@ def read(source: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]], o
         problems.append(f"recipe {name} has no steps")
     if problems:
         raise RecipeError(problems)
-    sections = {"save": dict(data.get("save") or {}), "calibration": dict(data.get("calibration") or {})}
+    sections = {key: dict(data.get(key) or {}) for key in ("save", "calibration", "target")}
     for override in overrides:
         _override(override, entries, sections, problems)
     steps = tuple(_step(entry, i, problems) for i, entry in enumerate(entries))
     save = build(Save, sections["save"], "save", problems)
     calibration = build(Calibration, sections["calibration"], "calibration", problems)
-    recipe = Recipe(str(data.get("name") or name), steps, str(data.get("summary") or ""), save, calibration)
+    target = build(Target, sections["target"], "target", problems) if sections["target"] else None
+    if target:
+        problems += problems_of(target, steps, save.format, overrides)
+        steps = tuple(_freed(step) for step in steps if step.method.kind != "allocation")
+    recipe = Recipe(str(data.get("name") or name), steps, str(data.get("summary") or ""), save, calibration, target)
     problems += _check(recipe)
     if problems:
         raise RecipeError(problems)
@@ -297,7 +303,21 @@ def _step(entry: dict[str, Any], index: int, problems: list[str]) -> Step:
     constraint = build(ConstraintSettings, shared, where, problems)
     if constraint.per is None:
         constraint = replace(constraint, per=method.comparison)  # type: ignore[arg-type]
+    if method.fold is not None and constraint.bits == 16:
+        method = replace(method, kind="fold")
     return Step(method, config, constraint)
+
+
+def _freed(step: Step) -> Step:
+    """The step without the settings that a target chooses; 4 bits stand for whatever they will be."""
+    if step.method.kind != "solver":
+        return step
+    return replace(step, constraint=replace(step.constraint, sparsity=None, pattern="unstructured", bits=4))
+
+
+TRAINED = ("gates", "projection")  # kinds of structured steps that train the whole model
+STRUCTURED = ("units", "blocks", *TRAINED)  # kinds of steps that make the model smaller
+REWRITES = (*STRUCTURED, "permutation")  # … that make another dense checkpoint, from which the rest of the run starts
 
 
 def _check(recipe: Recipe) -> list[str]:
@@ -310,9 +330,15 @@ def _check(recipe: Recipe) -> list[str]:
             pending = step
             continue
         kinds = {s.method.kind for s in recipe.steps[:i]}
-        if step.method.kind in ("units", "blocks") and kinds - {"units", "blocks"}:
-            out.append(f"{where}: {step.name} makes the model smaller; it must come before every other kind of step")
-        mendable = {"solver"} if step.method.kind == "block" else {"solver", "units", "blocks"}
+        if step.method.kind in REWRITES and kinds - set(REWRITES):
+            out.append(f"{where}: {step.name} rewrites the dense model; it must come before every other kind of step")
+        if step.method.kind in ("fold", "rotation") and kinds & {"solver", "block", "training"}:
+            out.append(
+                f"{where}: {step.name} rewrites the weights before they are compressed; put it before those steps"
+            )
+        if step.method.kind == "fold" and (c.prunes or c.pattern != "unstructured"):
+            out.append(f"{where}: {step.name} does not prune; put a pruning step after it")
+        mendable = {"solver"} if step.method.kind == "block" else {"solver", *STRUCTURED}
         if step.method.kind in ("block", "training") and not kinds & mendable:
             out.append(f"{where}: {step.name} works on solved layers; put a pruning or quantization step before it")
         if step.method.kind == "block" and any(s.method.kind == "solver" for s in recipe.steps[i:]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -54,6 +55,8 @@ def _coerce(value: Any, kind: Any) -> Any:
         return tuple([value] if isinstance(value, str) else value or ())
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
+    if kind is float and isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        return float(value)  # YAML 1.1 reads 1e-3 as text
     if kind is str and isinstance(value, int) and not isinstance(value, bool):
         # YAML reads 2:4 as a base-60 number: 2·60 + 4
         return f"{value // 60}:{value % 60}" if value >= 60 else str(value)

@@ -38,8 +38,8 @@ from ..core import (
     Stats,
     merge,
 )
-from ..models import Block, Linear
-from .planning import constraint_for, wanted
+from ..models import Block, Linear, Run
+from .layers import constraint_for, wanted
 from .recipe import Step
 
 try:
@@ -55,6 +55,7 @@ def give_back() -> None:
         _trim(0)
 
 
+_SAMPLE = 1 << 18  # inputs of a stage that a calibrator of ranges looks at
 Visit = Callable[[tuple[Linear, ...], Stats], None]
 
 
@@ -96,11 +97,14 @@ def stream_block(
     gram: bool = True,
     spill: Spill | None = None,
     watch: int | None = None,
+    calibrate: Callable[[Tensor], float] | None = None,
 ) -> list[Tensor]:
     """Outputs of the block for every batch; ``visit`` is called once a stage, and may set weights.
 
     ``hidden``: (batch, tokens, width) each; the list is emptied as it is used. ``watch``: only the first so many
-    batches feed the statistics (the others are held-out text that just goes along).
+    batches feed the statistics (the others are held-out text that just goes along). ``calibrate``: a sample of a stage's
+    inputs, their largest magnitude among them → the static scale, where the block's operators ask for one; from there on,
+    statistics and products see the rounded inputs.
     """
     runs = []
     for i in range(len(hidden)):
@@ -110,10 +114,18 @@ def stream_block(
             spill.put(i, runs[i].state)
     for number, stage in enumerate(block.stages):
         stats: Stats | None = None
+        waits = calibrate is not None and block.operators is not None and block.operators.waits(number)
+        if waits:
+            assert calibrate is not None and block.operators is not None
+            sample = _sample_of(runs, number, watch, spill)
+            block.operators.scales[number] = calibrate(sample)
         for i, run in enumerate(runs):
             if spill:
                 spill.get(i, run.state)
-            if number:
+            if waits:
+                assert block.operators is not None
+                run.state["x"] = block.operators.rounded(number, run.state["x"])
+            elif number:
                 run.advance()
             if watch is None or i < watch:
                 seen = Stats.of(run.input().flatten(0, -2), gram)
@@ -131,6 +143,24 @@ def stream_block(
         outputs.append(run.output())
     give_back()
     return outputs
+
+
+def _sample_of(runs: Sequence[Run], stage: int, watch: int | None, spill: Spill | None) -> Tensor:
+    """Brings all runs to ``stage`` and returns about :data:`_SAMPLE` of its inputs, evenly spaced, and the largest one."""
+    top, parts = torch.zeros(1), []
+    share = max(1, _SAMPLE // len(runs))
+    for i, run in enumerate(runs):
+        if spill:
+            spill.get(i, run.state)
+        if stage:
+            run.advance()
+        if watch is None or i < watch:
+            x = run.input().flatten()
+            top = torch.maximum(top, x.abs().max()[None])
+            parts.append(x[:: -(-len(x) // share)].clone())
+        if spill:
+            spill.put(i, run.state)
+    return torch.cat([*parts, top])
 
 
 @dataclass(frozen=True)

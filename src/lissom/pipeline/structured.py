@@ -1,130 +1,39 @@
 """Structured steps: before anything else, the checkpoint becomes a smaller ordinary one; the rest of the run starts there.
 
-Every block keeps the same number of heads and neurons, because configs of transformers hold one number for all blocks:
-the plan says which. Blocks stream by; a block sees what the smaller blocks before it give.
+Every block is saved with the same number of heads and neurons, because configs of transformers hold one number for all
+blocks: the plan says which. Blocks stream by; a block sees what the smaller blocks before it give. Steps that train
+(:mod:`.gated`) have the whole model in memory instead.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core import RecipeError, Stats, UnitProblem, Units
+from ..core import Stats, UnitProblem, Units
 from ..export import ArtefactWriter, open_model
 from ..export.writer import write_json
-from ..methods.structured import bias_of_removed, influence
+from ..methods.structured import bias_of_removed, influence, widths
 from ..models import Block, Linear, Model
-from ..models.layout import Sizes, block_parts
-from ..models.units import KINDS, refusal, smaller_block, smaller_config, units_of
+from ..models.channels import narrower_block, narrower_outer
+from ..models.units import KINDS, masked, smaller_block, smaller_config, units_of
 from . import gradients
 from .data import embed
-from .recipe import Recipe, Step
+from .gated import train_units
+from .permutation import permute_blocks
+from .recipe import REWRITES, TRAINED, Recipe, Step
+from .shapes import Shape, full_shape, mean_shape, shape_after
 from .stream import stream_block
 
 Tick = Callable[[str, int, int], None]
-_MULTIPLE = 32  # neurons that remain are a multiple of this, so that groups of quantization and SIMD lanes fit
-
-
-def structured_steps(recipe: Recipe) -> list[Step]:
-    return [s for s in recipe.steps if s.method.kind in ("units", "blocks")]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What remains in every block: KV ``heads`` (with their query heads), ``neurons``; and how many ``blocks``."""
-
-    heads: int
-    neurons: int
-    blocks: int
-
-
-def shape_after(model: Model, step: Step) -> Shape:
-    """The shape that a step leaves; raises :class:`RecipeError` where no legal one is near, or transformers has none."""
-    s = Sizes.of(model.architecture, model.config)
-    full = {"heads": s.kv_heads, "neurons": s.inner, "blocks": model.blocks}
-    left = dict(full)
-    problems = []
-    for kind, all_of in full.items():
-        share = getattr(step.config, f"keep_{kind}", 1.0)
-        if not 0 < share <= 1:
-            problems.append(f"{step.name}: keep_{kind} must be above 0 and at most 1, not {share:g}")
-            continue
-        multiple = _MULTIPLE if kind == "neurons" and all_of % _MULTIPLE == 0 and all_of >= 4 * _MULTIPLE else 1
-        count = round(share * all_of / multiple) * multiple
-        if count < 1:
-            problems.append(
-                f"{step.name}: keep_{kind} {share:g} of {all_of} leaves none; the least is {multiple / all_of:.3g}"
-            )
-        elif count < all_of and kind in KINDS:
-            reason = refusal(model.architecture, model.config, kind)
-            if reason:
-                problems.append(f"{step.name}: {kind} cannot be removed from {reason}; set keep_{kind}=1")
-        left[kind] = count
-    if left == full and not problems:
-        problems.append(f"{step.name}: nothing is removed; set keep_heads, keep_neurons or keep_blocks below 1")
-    if problems:
-        raise RecipeError(problems)
-    return Shape(**left)
-
-
-class Planned:
-    """A checkpoint that does not exist yet: config, names and shapes of what a structured step will make of ``model``."""
-
-    format = "planned"
-
-    def __init__(self, model: Model, step: Step):
-        shape = shape_after(model, step)
-        row, old = model.architecture, model.checkpoint
-        self.source, self._old = old.source, old
-        self.config = smaller_config(row, model.config, shape.heads, shape.neurons, range(shape.blocks))
-        present = set(old.names())
-        self._shapes = {n: tuple(old.shape(n)) for n in model.outer_names()}
-        for i in range(shape.blocks):
-            for part in block_parts(row, self.config, model.prefix, i):
-                if part.name in present:
-                    self._shapes[part.name] = part.shape
-
-    def names(self) -> list[str]:
-        return list(self._shapes)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._old.dtype(name)
-
-    @property
-    def bytes(self) -> int:
-        return sum(torch.Size(s).numel() * self.dtype(n).itemsize for n, s in self._shapes.items())
-
-    def problems(self) -> list[str]:
-        return []
-
-    def tokenizer(self) -> Any:
-        return self._old.tokenizer()
-
-    def fingerprint(self) -> str:
-        return self._old.fingerprint()
-
-    def copy_assets(self, out: Path) -> None:
-        self._old.copy_assets(out)
-
-    def tensor(self, name: str) -> Tensor:
-        raise ValueError(f"{name} is only planned: its weights do not exist yet")
-
-
-def planned_model(model: Model, recipe: Recipe) -> Model:
-    """``model`` as the recipe's structured steps will leave it, without weights; itself when there are none."""
-    for step in structured_steps(recipe):
-        model = Model(Planned(model, step))
-    return model
 
 
 def smaller_model(
@@ -135,13 +44,21 @@ def smaller_model(
     A step that is complete on disk is not done again; one that was killed starts again.
     """
     record = []
-    for number, step in enumerate(structured_steps(recipe)):
+    for number, step in enumerate(s for s in recipe.steps if s.method.kind in REWRITES):
         place = folder / str(number)
         done = place / "kept.json"
         if not done.exists():
             shutil.rmtree(place, ignore_errors=True)
             place.mkdir(parents=True)
-            write_json(done, rewrite(model, step, ids, place, dtype, tick))
+            if step.method.kind in TRAINED:
+                made = cut_out(
+                    model, step, ids, place, folder / f"{number}-training", recipe.calibration.data, dtype, tick
+                )
+            elif step.method.kind == "permutation":
+                made = permuted(model, step, ids, place, dtype, tick)
+            else:
+                made = rewrite(model, step, ids, place, dtype, tick)
+            write_json(done, made)
         record.append(json.loads(done.read_text(encoding="utf-8")))
         model = Model(open_model(place))
     return model, record
@@ -160,10 +77,17 @@ def rewrite(
     model: Model, step: Step, ids: Tensor, folder: Path, dtype: torch.dtype, tick: Tick | None = None
 ) -> dict[str, Any]:
     """Write the smaller model into ``folder``; ``ids`` (samples, tokens). Returns what was kept, for the manifest."""
-    writer = ArtefactWriter(folder)
     shape = shape_after(model, step)
+    record: dict[str, Any] = {"step": step.name, "heads": {}, "neurons": {}}
+    if shape.channels < model.width:
+        kept = _choose_channels(model, step, shape.channels, ids, folder, tick)
+        record["channels"] = kept.tolist()
+        blocks = [(model, i, {}) for i in range(model.blocks)]
+        _write(model, blocks, {"channels": kept}, folder / "narrow", torch.float32)
+        model = Model(open_model(folder / "narrow"))
+    writer = ArtefactWriter(folder)
     hidden = embed(model, ids)
-    config, record = model.config, {"step": step.name, "heads": {}, "neurons": {}}
+    config = model.config
     if step.method.kind == "blocks":
         keep, influences = _choose_blocks(model, step, hidden)
         record |= {"blocks": keep, "influence": influences}
@@ -177,11 +101,13 @@ def rewrite(
             setattr(config, switch, True)
         if "gradients" in step.method.needs:
             gradients.gather(model, ids, folder, {"samples"}, tick)
+        counts = _counts(model, step, shape, hidden, folder)
         for i in range(model.blocks):
             block = model.load_block(i)
-            chosen, hidden, biases = _choose_units(block, step, shape, hidden, folder)
+            wanted = {kind: per_block[i] for kind, per_block in counts.items()}
+            chosen, hidden, biases = _choose_units(block, step, wanted, shape, hidden, folder)
             for kind, (_, kept) in chosen.items():
-                record[kind][str(i)] = kept.tolist()
+                record[kind][str(i)] = kept[: wanted[kind]].sort().values.tolist()
             block.parameters = _with_biases(smaller_block(block, chosen), block, biases, biased)
             writer.add(f"block-{i:05d}", {k: v.to(dtype).contiguous() for k, v in block.tensors().items()})
             if tick:
@@ -191,7 +117,99 @@ def rewrite(
     outer = {n: model.checkpoint.tensor(n) for n in model.outer_names()}
     writer.add("outer", {n: (t.to(dtype) if t.is_floating_point() else t) for n, t in outer.items()})
     writer.finish(_View(config, model.checkpoint.copy_assets), dtype)  # type: ignore[arg-type]
+    shutil.rmtree(folder / "narrow", ignore_errors=True)
     return record
+
+
+@torch.no_grad()
+def permuted(
+    model: Model, step: Step, ids: Tensor, folder: Path, dtype: torch.dtype, tick: Tick | None = None
+) -> dict[str, Any]:
+    """Write the same function with reordered channels into ``folder``. Returns the orders' gains, for the manifest."""
+    writer = ArtefactWriter(folder)
+
+    def write(i: int, block: Block) -> None:
+        writer.add(f"block-{i:05d}", {k: v.to(dtype).contiguous() for k, v in block.tensors().items()})
+
+    record = {"step": step.name, "heads": {}, "neurons": {}}
+    record |= permute_blocks(model, step, embed(model, ids), write, tick)
+    outer = {n: model.checkpoint.tensor(n) for n in model.outer_names()}
+    writer.add("outer", {n: (t.to(dtype) if t.is_floating_point() else t) for n, t in outer.items()})
+    writer.finish(_View(model.config, model.checkpoint.copy_assets), dtype)  # type: ignore[arg-type]
+    return record
+
+
+@torch.no_grad()
+def cut_out(
+    model: Model, step: Step, ids: Tensor, folder: Path, training: Path, data: str, dtype: torch.dtype,
+    tick: Tick | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Train (:func:`.gated.train_units`) with the state in ``training``, and write what is left of the model into ``folder``."""
+    shape = shape_after(model, step)
+    keep, full = asdict(shape), full_shape(model)
+    trained = train_units(model, step, keep, ids, training, data, tick)
+    chosen = {k: _best(s, keep[k]) for k, s in trained.scores.items() if k in ("blocks", "channels")}
+    kept_blocks = chosen.get("blocks", torch.arange(model.blocks)).tolist()
+    record: dict[str, Any] = {"step": step.name, "heads": {}, "neurons": {}, **trained.record}
+    record |= {k: v.tolist() for k, v in chosen.items()}
+    blocks = []
+    for j, i in enumerate(kept_blocks):
+        block, units = trained.network.blocks[i], {}
+        for kind in KINDS:
+            if keep[kind] < full[kind]:
+                kept = _best(trained.scores[kind][i], keep[kind])
+                units[kind] = (units_of(block.row, block.config, block.linears, kind), kept)
+                record[kind][str(j)] = kept.tolist()
+        blocks.append((block, i, units))
+    _write(model, blocks, chosen, folder, dtype, trained.network.outer)
+    return record
+
+
+def _write(
+    model: Model,
+    blocks: Sequence[tuple[Any, int, dict[str, tuple[Units, Tensor]]]],
+    chosen: Mapping[str, Tensor],
+    folder: Path,
+    dtype: torch.dtype,
+    outer: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a model of the given ``blocks`` (the block, or the model to load it from; its number; units that stay, by kind),
+    with the ``chosen`` channels; ``outer``: trained tensors in the place of the file's."""
+    writer, row, prefix = ArtefactWriter(folder), model.architecture, model.prefix
+    channels = chosen.get("channels")
+    counts: dict[str, int] = {}
+    for j, (held, i, units) in enumerate(blocks):
+        block = copy.copy(held.load_block(i) if isinstance(held, Model) else held)
+        block.parameters = smaller_block(block, units)
+        if channels is not None:
+            block.parameters = narrower_block(block, channels)
+        counts = {k: len(kept) for k, (_, kept) in units.items()}
+        writer.add(f"block-{j:05d}", _renamed(model, block, i, j, dtype))
+    tensors = {n: model.checkpoint.tensor(n) for n in model.outer_names()} | dict(outer or {})
+    if channels is not None:
+        tensors = narrower_outer(row, model.config, prefix, tensors, channels)
+    writer.add("outer", {n: (t.to(dtype) if t.is_floating_point() else t) for n, t in tensors.items()})
+    config = smaller_config(
+        row, model.config, counts.get("heads"), counts.get("neurons"), [i for _, i, _ in blocks],
+        None if channels is None else len(channels),
+    )  # fmt: skip
+    writer.finish(_View(config, model.checkpoint.copy_assets), dtype)  # type: ignore[arg-type]
+
+
+def _choose_channels(model: Model, step: Step, count: int, ids: Tensor, folder: Path, tick: Tick | None) -> Tensor:
+    """The channels with the largest scores, summed over all blocks."""
+    if "gradients" in step.method.needs:
+        gradients.gather(model, ids, folder, {"samples"}, tick)
+    total = torch.zeros(model.width)
+    for i in range(model.blocks):
+        block = model.load_block(i)
+        samples = {n: e["samples"] for n, e in gradients.block_extras(folder, i).items()}
+        units = units_of(block.row, block.config, block.linears, "channels")
+        weights = {la.name: block.weight(la.name) for la in block.linears}
+        total += step.method.run(UnitProblem(units, weights, {}, samples, i), step.config)
+    for file in folder.glob("gradients-*.safetensors"):
+        file.unlink()
+    return _best(total, count)
 
 
 def _choose_blocks(model: Model, step: Step, hidden: list[Tensor]) -> tuple[list[int], list[float]]:
@@ -204,25 +222,54 @@ def _choose_blocks(model: Model, step: Step, hidden: list[Tensor]) -> tuple[list
     return step.method.run(influences, step.config), influences
 
 
+def _counts(model: Model, step: Step, shape: Shape, hidden: list[Tensor], folder: Path) -> dict[str, list[int]]:
+    """Units that each block keeps. Where blocks may differ, the scores of the dense blocks are compared first."""
+    mean, blocks = asdict(mean_shape(model, step)), range(model.blocks)
+    if mean == asdict(shape):
+        return {kind: [mean[kind] for _ in blocks] for kind in KINDS}
+    scores: dict[str, list[Tensor]] = {k: [] for k in KINDS}
+    here = list(hidden)
+    for i in blocks:
+        block = model.load_block(i)
+        units = {k: units_of(block.row, block.config, block.linears, k) for k in KINDS}
+        samples = _samples(folder, i)
+
+        def visit(stage: tuple[Linear, ...], stats: Stats) -> None:
+            for kind, group in units.items():  # noqa: B023  (called while this block streams)
+                if stage[0].name in group.columns:
+                    weights = {la.name: block.weight(la.name) for la in block.linears}  # noqa: B023
+                    problem = UnitProblem(group, weights, {stage[0].name: stats}, samples, i)  # noqa: B023
+                    scores[kind].append(step.method.run(problem, step.config))
+
+        here = stream_block(block, here, visit, gram=False)
+    high = asdict(shape)
+    return {k: widths(torch.stack(scores[k]), mean[k], high[k]) for k in KINDS}
+
+
+def _samples(folder: Path, i: int) -> dict[str, Tensor]:
+    return {n: e["samples"] for n, e in gradients.block_extras(folder, i).items() if "samples" in e}
+
+
 def _choose_units(
-    block: Block, step: Step, shape: Shape, hidden: list[Tensor], folder: Path
+    block: Block, step: Step, wanted: Mapping[str, int], shape: Shape, hidden: list[Tensor], folder: Path
 ) -> tuple[dict[str, tuple[Units, Tensor]], list[Tensor], dict[str, Tensor]]:
-    """Units that stay, {kind: (units, indices)}; the block's outputs without the others; biases in their place."""
-    samples = {n: e["samples"] for n, e in gradients.block_extras(folder, block.number).items() if "samples" in e}
-    wanted = {"heads": shape.heads, "neurons": shape.neurons}
+    """Units in the file, {kind: (units, indices)}: the ``wanted`` ones that stay first, then others, set to zero, up to the
+    width of ``shape``; the block's outputs without the others; biases in their place."""
+    samples, saved = _samples(folder, block.number), asdict(shape)
     units = {k: units_of(block.row, block.config, block.linears, k) for k in KINDS}
     chosen: dict[str, tuple[Units, Tensor]] = {}
     biases: dict[str, Tensor] = {}
 
     def visit(stage: tuple[Linear, ...], stats: Stats) -> None:
         for kind, group in units.items():
-            if stage[0].name not in group.columns or wanted[kind] >= group.count:
+            if stage[0].name not in group.columns or saved[kind] >= group.count:
                 continue
             weights = {la.name: block.weight(la.name) for la in block.linears}
             problem = UnitProblem(group, weights, {stage[0].name: stats}, samples, block.number)
-            keep = _best(step.method.run(problem, step.config), wanted[kind])
-            chosen[kind] = (group, keep)
-            _close(block, group, keep)
+            order = step.method.run(problem, step.config).argsort(descending=True, stable=True)
+            keep = order[: wanted[kind]].sort().values
+            chosen[kind] = (group, torch.cat((keep, order[wanted[kind] : saved[kind]])))
+            block.parameters = masked(block.parameters, group, keep)
             if getattr(step.config, "bias", False) and _can_hold(block, stage[0].name):
                 for name, value in bias_of_removed(problem, keep).items():
                     old = block.bias(name)
@@ -235,14 +282,6 @@ def _choose_units(
 def _best(scores: Tensor, count: int) -> Tensor:
     """Indices of the largest scores, rising; of equals the first ones stay."""
     return scores.argsort(descending=True, stable=True)[:count].sort().values
-
-
-def _close(block: Block, units: Units, keep: Tensor) -> None:
-    """Cut the units outside of ``keep`` off from the layer that reads them: the block then gives what the sliced one will."""
-    gone = torch.ones(units.count, dtype=torch.bool)
-    gone[keep] = False
-    for name, index in units.columns.items():
-        block.set_weight(name, block.weight(name).index_fill(1, index[gone].flatten(), 0.0))
 
 
 def _can_hold(block: Block, name: str) -> bool:

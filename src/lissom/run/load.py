@@ -60,6 +60,8 @@ def unsupported(model: Model) -> str | None:
         return f"rotary embeddings of type {form!r} change with the length"
     if not model.has_head:
         return "the checkpoint has no head"
+    if model.operators.turns:
+        return "it needs a rotation at run time (quarot with online: true)"
     return None
 
 

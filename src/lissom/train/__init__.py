@@ -2,7 +2,8 @@
 
 from ..methods.heal.objective import Objective
 from .batches import Batches, Mixture, reweighted
-from .forms import Form, Gated, HardConcrete, Latent, LoRA, solved_of
+from .forms import Form, Frozen, Gated, HardConcrete, Latent, LoRA, solved_of
+from .gates import Gates, lagrangian
 from .loop import State, Training, train
 from .objective import cache_teacher, held_out_loss, loss_against, loss_against_cache
 from .ranks import Ranks
@@ -11,7 +12,9 @@ from .student import Network, Output
 __all__ = [
     "Batches",
     "Form",
+    "Frozen",
     "Gated",
+    "Gates",
     "HardConcrete",
     "Latent",
     "LoRA",
@@ -24,6 +27,7 @@ __all__ = [
     "Training",
     "cache_teacher",
     "held_out_loss",
+    "lagrangian",
     "loss_against",
     "loss_against_cache",
     "reweighted",

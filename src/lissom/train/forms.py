@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -137,22 +137,49 @@ class HardConcrete:
 
 
 @dataclass
+class Frozen:
+    """Not trained at all: ``value`` of any shape. What gates are put on where the weights stay."""
+
+    value: Tensor
+
+    def leaves(self) -> dict[str, Tensor]:
+        return {}
+
+    def weight(self) -> Tensor:
+        return self.value
+
+    def final(self) -> Tensor:
+        return self.value
+
+
+@dataclass
 class Gated:
-    """``inner`` with its inputs (columns) scaled by gates: ``unit`` (in,) says which gate each column belongs to."""
+    """``inner`` with its inputs (``side`` columns) or outputs (rows; of a bias: its entries) scaled by gates.
+
+    ``unit`` (in,) or (out,) says which gate each of them belongs to. Forms nest: ``label`` names the leaf of this one.
+    """
 
     inner: Form
     gates: HardConcrete
     unit: Tensor
+    side: Literal["columns", "rows"] = "columns"
+    label: str = "log_alpha"
 
     def leaves(self) -> dict[str, Tensor]:
-        return {**self.inner.leaves(), "log_alpha": self.gates.log_alpha}
+        return {**self.inner.leaves(), self.label: self.gates.log_alpha}
+
+    def _factor(self, like: Tensor) -> Tensor:
+        z = self.gates.value()[self.unit]
+        return z if self.side == "columns" or like.dim() == 1 else z[:, None]
 
     def weight(self) -> Tensor:
-        return self.inner.weight() * self.gates.value()[self.unit]
+        w = self.inner.weight()
+        return w * self._factor(w)
 
     @torch.no_grad()
     def final(self) -> Tensor:
-        return self.inner.final() * self.gates.value()[self.unit]
+        w = self.inner.final()
+        return w * self._factor(w)
 
 
 def solved_of(form: Latent | LoRA, before: Solved) -> Solved:

@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..core import CalibrationError, NumericalError, OutputError
+from .board import Board
 from .ranks import Ranks
 from .schedules import Shape, rate
 
@@ -41,8 +42,8 @@ class Training:
     micro-batches make one batch. ``learning_rate`` at its peak after ``warmup`` (a fraction), then ``shape`` down to
     ``floor`` (a fraction). ``clip`` global gradient norm, ``ema`` decay, both None: off. Every ``evaluate_every`` steps the
     held-out loss is measured; after ``patience`` of them without a new best it ends (None: never); the best leaves are
-    what remains. ``precision`` bfloat16: matrix products only, leaves and optimiser stay fp32. ``save_every`` steps: state
-    on disk.
+    what remains, or the last ones if not ``keep_best`` (for trainings that make the model smaller, and so worse, on the way).
+    ``precision`` bfloat16: matrix products only, leaves and optimiser stay fp32. ``save_every`` steps: state on disk.
     """
 
     steps: int = 1000
@@ -58,6 +59,7 @@ class Training:
     ema: float | None = None
     evaluate_every: int = 100
     patience: int | None = None
+    keep_best: bool = True
     save_every: int = 200
     precision: Literal["float32", "bfloat16"] = "float32"
 
@@ -68,6 +70,8 @@ class Training:
             raise ValueError("learning_rate must be positive, warmup in [0, 1) and floor in [0, 1]")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"ema must be between 0 and 1, not {self.ema}")
+        if self.patience is not None and (self.patience < 1 or not self.keep_best):
+            raise ValueError("patience must be at least 1, and stops at a best state, which keep_best must keep")
 
 
 class Data(Protocol):
@@ -103,7 +107,10 @@ def train(
     *,
     held_out: Callable[[], float] | None = None,
     before_step: Callable[[int, float], None] | None = None,
+    after_step: Callable[[int, float], None] | None = None,
+    rates: Mapping[str, float] | None = None,
     folder: Path | None = None,
+    tensorboard: Path | None = None,
     identity: str = "",
     ranks: Ranks | None = None,
     tick: Tick | None = None,
@@ -111,9 +118,12 @@ def train(
     """Train ``leaves`` in place; returns the state, whose ``history`` has step, seconds, loss and held-out loss.
 
     ``loss(ids)``: of one micro-batch (sequences, tokens), a mean. ``held_out()``: a loss in nats. ``before_step(step,
-    progress)``: for what a schedule changes (masks, gates). ``folder``: for the state and a log; a state that is there is
-    resumed if its ``identity`` (of data, model and settings) is the same, else :class:`OutputError`. Raises
-    :class:`NumericalError` when a loss or gradient is not finite: the leaves are then the last good ones.
+    progress)``: for what a schedule changes (masks, gates); ``after_step``: for projections, when the leaves have moved.
+    ``rates``: leaf → factor of its learning rate, 1 where absent; such leaves have no weight decay. A leaf that needs no
+    gradient is state of these hooks: it stays as they leave it and is saved with the rest. ``folder``: for the state and a
+    log; a state that is there is resumed if its ``identity`` (of data, model and settings) is the same, else
+    :class:`OutputError`. ``tensorboard``: a folder for its event files. Raises :class:`NumericalError` when a loss or
+    gradient is not finite: the leaves are then the last good ones.
     """
     ranks = ranks or Ranks()
     names = list(leaves)
@@ -121,26 +131,31 @@ def train(
         raise CalibrationError("nothing is to be trained: every layer's stored form is fixed")
     tensors = [leaves[n] for n in names]
     device = tensors[0].device
-    optimiser = torch.optim.AdamW(
-        tensors, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
-    )
+    factors = [(rates or {}).get(n, 1.0) for n in names]
+    groups = [
+        {"params": [t], "weight_decay": 0.0} if n in (rates or {}) else {"params": [t]} for n, t in leaves.items()
+    ]
+    optimiser = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
     identity = json.dumps([identity, {k: v for k, v in asdict(config).items() if k != "save_every"}], sort_keys=True)
     state = _load(folder, identity, names, tensors, optimiser) if folder else State()
     if config.ema is not None and not state.ema:
         state.ema = {n: t.detach().clone() for n, t in leaves.items()}
     started = time.perf_counter() - state.seconds
+    board = Board(tensorboard if ranks.rank == 0 else None)
 
     def evaluate(row: dict[str, float]) -> None:
         with _using(names, tensors, state.ema):
             value = ranks.mean(held_out()) if held_out else math.nan
             if held_out and value < state.best_loss:
                 state.best_loss, state.stale = value, 0
-                state.best = {n: t.detach().clone() for n, t in leaves.items()}
+                if config.keep_best:
+                    state.best = {n: t.detach().clone() for n, t in leaves.items()}
             elif held_out:
                 state.stale += 1
         state.history.append({**row, "held_out": value})
         if folder and ranks.rank == 0:
             _log(folder, state.history[-1])
+        board.write(int(row["step"]), {"held_out": value, "perplexity": math.exp(min(value, 700.0))})
 
     def save() -> None:
         if folder and ranks.rank == 0:
@@ -183,12 +198,18 @@ def train(
         if not math.isfinite(norm):
             raise bad("gradient", step)
         now = rate(max(progress, 1 / config.steps / 2), config.warmup, config.shape, config.floor)
-        optimiser.param_groups[0]["lr"] = config.learning_rate * now
+        for group, factor in zip(optimiser.param_groups, factors, strict=True):
+            group["lr"] = config.learning_rate * now * factor
         optimiser.step()
+        if after_step:
+            after_step(step, progress)
         for n, average in state.ema.items():
             average.lerp_(leaves[n].detach(), 1 - config.ema)  # type: ignore[operator]
         state.step, state.seconds = step + 1, time.perf_counter() - started
         row = {"step": state.step, "seconds": state.seconds, "loss": ranks.mean(total)}
+        board.write(
+            state.step, {"loss": row["loss"], "gradient_norm": norm, "learning_rate": config.learning_rate * now}
+        )
         last = state.step == config.steps
         if state.step % config.evaluate_every == 0 or last:
             evaluate(row)
@@ -201,6 +222,7 @@ def train(
         evaluate({"step": state.step, "seconds": state.seconds, "loss": math.nan})
     state.finished = True
     save()
+    board.close()
     _set(names, tensors, state.best or state.ema)
     return state
 
@@ -252,8 +274,11 @@ def _save(
         folder.mkdir(parents=True, exist_ok=True)
         save_file(out, temporary, {"identity": identity, "state": json.dumps(plain)})
         os.replace(temporary, folder / STATE)
-    except OSError as error:
-        raise OutputError(f"cannot save the training in {folder}: {error}; free space and run again") from error
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(
+            f"cannot save the training in {folder}: {error}; the state saved before is kept: free space and run again"
+        ) from error
 
 
 def _load(
@@ -262,9 +287,13 @@ def _load(
     path = folder / STATE
     if not path.is_file():
         return State()
-    with safe_open(path, "pt") as file:
-        about = file.metadata()
-        if about["identity"] != identity:
+    try:
+        opened = safe_open(path, "pt")
+    except SafetensorError as error:
+        raise OutputError(f"{path} is damaged ({error}): remove it, and the training starts again") from error
+    with opened as file:
+        about = file.metadata() or {}
+        if about.get("identity") != identity:
             raise OutputError(
                 f"{path} belongs to a training with other settings, data or weights; remove it, or go back to the old ones"
             )

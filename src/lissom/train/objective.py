@@ -64,8 +64,10 @@ def cache_teacher(teacher: Network, data: Batches, steps: range, k: int, folder:
         temporary.replace(path)
 
 
-def loss_against_cache(student: Network, folder: Path) -> Callable[[Tensor], Tensor]:
-    """KL against cached teachers: looks the windows of a batch up by their ids. One divergence a batch."""
+def loss_against_cache(student: Network, folder: Path, config: Objective | None = None) -> Callable[[Tensor], Tensor]:
+    """KL against cached teachers: looks the windows of a batch up by their ids. Of ``config``: the weights of this divergence
+    (``logits``) and of the next-token loss (``text``)."""
+    config = config or Objective()
     where: dict[bytes, tuple[Path, int]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
@@ -83,8 +85,8 @@ def loss_against_cache(student: Network, folder: Path) -> Callable[[Tensor], Ten
                 indices.append(file.get_slice("indices")[found[1]])
                 log_probs.append(file.get_slice("log_probs")[found[1]])
         chosen = torch.stack(indices).long().to(ids.device)
-        return losses.top_k_divergence(
-            student.forward(ids).logits, chosen, torch.stack(log_probs).float().to(ids.device)
-        )
+        logits = student.forward(ids).logits
+        value = config.logits * losses.top_k_divergence(logits, chosen, torch.stack(log_probs).float().to(ids.device))
+        return value + config.text * losses.next_token(logits, ids) if config.text else value
 
     return loss

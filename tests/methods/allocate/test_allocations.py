@@ -1,6 +1,7 @@
 """Allocations: budgets meet the target exactly, spread 0 is uniform, harder layers keep more."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +21,14 @@ from lissom.methods.allocate.owl import OWL, owl, summarise
 
 def layers(losses, sizes=None):
     return [
-        LayerSummary(f"l{i}", i, "up", 10 * (i + 1) if sizes is None else sizes[i], 10, {"loss": x, "outlier_ratio": x})
+        LayerSummary(
+            f"l{i}",
+            i,
+            "up",
+            10 * (i + 1) if sizes is None else sizes[i],
+            10,
+            {"loss": x, "outlier_ratio": x, "share": 1.0},
+        )
         for i, x in enumerate(losses)
     ]
 
@@ -135,6 +143,21 @@ def test_propagation_adds_decades_to_early_blocks():
     grown = loss_clusters(rows, 0.7, LossClusters(clusters=3, spread=0.2, propagation=2.0))
     assert set(plain.values.values()) == {0.7}
     assert [grown.values[f"l{i}"] for i in range(3)] == pytest.approx([0.6, 0.7, 0.8])
+
+
+def test_a_share_of_the_stream_counts_as_much_as_the_loss_itself():
+    rows = layers([1.0, 1e-2, 1.0], sizes=[10] * 3)
+    rows = [replace(r, values={**r.values, "share": s}) for r, s in zip(rows, (1e-2, 1.0, 1.0), strict=True)]
+    weighed = loss_clusters(rows, 0.7, LossClusters(clusters=3, spread=0.2))
+    assert (
+        weighed.values["l0"] == pytest.approx(weighed.values["l1"])
+        and weighed.values["l1"] > weighed.values["l2"] + 0.1
+    )
+    plain = loss_clusters(rows, 0.7, LossClusters(clusters=3, spread=0.2, normalize="output-energy"))
+    assert plain.values["l0"] == pytest.approx(plain.values["l2"]) and plain.values["l1"] > plain.values["l2"] + 0.1
+    assert equal_marginal(rows, 0.7, EqualMarginal(normalize="stream")).values["l0"] == pytest.approx(
+        equal_marginal(rows, 0.7, EqualMarginal(normalize="stream")).values["l1"]
+    )
 
 
 def test_atp_by_hand():

@@ -18,7 +18,9 @@ from lissom.methods.allocate.trace_steps import TraceSteps, trace_steps
 
 def layers(values, key, sizes=None, block=None):
     return [
-        LayerSummary(f"l{i}", i if block is None else block, "up", 10 if sizes is None else sizes[i], 10, {key: v})
+        LayerSummary(
+            f"l{i}", i if block is None else block, "up", 10 if sizes is None else sizes[i], 10, {key: v, "share": 1.0}
+        )
         for i, v in enumerate(values)
     ]
 

@@ -7,7 +7,7 @@ import torch
 
 from lissom.core import NM, Both, Grid, Problem, Sparse, Stack, Stats, damped
 from lissom.methods.prune import METHODS
-from lissom.methods.prune.alps import ALPS, alps
+from lissom.methods.prune.alps import ALPS, admm, alps
 from lissom.methods.prune.refit import Refit, refit
 from lissom.methods.prune.sparsegpt import SparseGPT, sparsegpt
 
@@ -106,3 +106,27 @@ def test_a_grid_after_the_refit_keeps_zeros_and_decodes_exactly():
         assert torch.equal(solved.codes.decode(), solved.weight)
         assert not solved.weight[~solved.mask].any()
         torch.testing.assert_close(solved.error, problem.error(solved.weight))
+
+
+@pytest.mark.parametrize("relaxation", [1.0, 1.4])
+def test_admm_is_the_algorithm_as_it_is_written(relaxation):
+    """The paper's updates with V and W H formed, in double precision, against the one product per iteration."""
+    W, stats = correlated(12, 16, 300)
+    H, _ = damped(stats.hessian, 0.01)
+    scale = H.diagonal().sqrt()
+    H, W = (H / scale / scale[:, None]).double(), (W * scale).double()
+    rho, D, V = 0.05, W, torch.zeros_like(W)
+    first = Sparse(0.6).select(W.abs())
+    for done in range(1, 9):
+        B = torch.linalg.solve(H + rho * torch.eye(16, dtype=torch.float64), (W @ H - V + rho * D).T).T
+        B = relaxation * B + (1 - relaxation) * D
+        mask = Sparse(0.6).select((B + V / rho).abs())
+        D, V = torch.where(mask, B + V / rho, 0.0), V + rho * (B - torch.where(mask, B + V / rho, 0.0))
+        if done == 4:
+            before = mask
+            rho *= 1.7 if float((mask != first).sum()) / int(first.sum()) > 0.1 else 1.5
+    config = ALPS(iterations=8, rho=0.05, interval=4, relaxation=relaxation, settled=0.0)
+    support, weight, done = admm(H, W, Stack.of(Sparse(0.6), 12), config)
+    assert done == 8 and not torch.equal(mask, before)
+    assert torch.equal(support, mask)
+    torch.testing.assert_close(weight, D, rtol=1e-5, atol=1e-7)

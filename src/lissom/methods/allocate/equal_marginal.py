@@ -45,7 +45,7 @@ def equal_marginal(layers: Sequence[LayerSummary], target: float, config: EqualM
     if spread == 0:
         values = [target] * len(layers)
     else:
-        losses = [(layer.values["loss"] + 1e-30) ** spread for layer in layers]
+        losses = [(clusters.in_stream(layer, config.normalize) + 1e-30) ** spread for layer in layers]
         wanted = clusters.equal_marginal_sparsity(losses, sizes, target)
         low, high = bounds(target, config.below, config.above)
         values = meet(wanted, sizes, target, low, high)

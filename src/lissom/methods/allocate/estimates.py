@@ -8,7 +8,9 @@ before it are gone in every row, an upper bound of the exact loss that is tight 
     C   the measured loss of one real SparseGPT pass at the target, Σ losses / (R·C)
 
 ``output-energy`` divides by ½ tr(W H Wᵀ)/(R·C). Raw losses grow with depth and activation scale; relative
-ones compare layers.
+ones compare layers. ``stream`` multiplies the relative loss by the share that the layer's block has in the residual
+stream, median over tokens of ‖h_out − h_in‖² / ‖h_out‖² (:func:`in_stream`): later blocks normalise what they read, so
+a relative error of a block that writes most of the stream (the first ones, often the last) weighs more. Ours.
 """
 
 from __future__ import annotations
@@ -18,10 +20,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from ...core import Both, Problem, Sparse, Stack, sweep
+from ...core import Both, LayerSummary, Problem, Sparse, Stack, sweep
 
 Estimate = Literal["A", "B", "C"]
-Normalize = Literal["none", "output-energy"]
+Normalize = Literal["none", "output-energy", "stream"]
 _COLUMNS = 128
 
 
@@ -33,7 +35,7 @@ def layer_losses(
     for problem in problems:
         d = problem.factor(damping).diagonal
         columns = problem.weight.shape[1]
-        energy = problem.energy() if normalize == "output-energy" else None
+        energy = problem.energy() if normalize != "none" else None
         if estimate == "C":
             rows = [r.stop - r.start for r, _ in problem.constraint.slices()]
             stack = Stack(tuple((n, Both(Sparse(target))) for n in rows))
@@ -57,6 +59,12 @@ def layer_losses(
                 total /= max(float(energy[rows].sum()) / ((rows.stop - rows.start) * columns), 1e-30)
             out.append(total)
     return out
+
+
+def in_stream(layer: LayerSummary, normalize: Normalize) -> float:
+    """The layer's loss as allocations compare it: with ``stream``, times its block's share of the stream."""
+    loss = layer.values["loss"]
+    return loss * layer.values["share"] if normalize == "stream" else loss
 
 
 def _smallest(x: Tensor, count: int) -> float:

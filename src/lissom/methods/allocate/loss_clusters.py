@@ -1,12 +1,12 @@
 """Layer-wise sparsity scheduler: layers are grouped by the logarithm of their pruning loss, groups share the budget.
 
-    x_l = log10 ē_l + γ (1 − b_l/(B − 1))     ē_l: :mod:`.estimates`; γ = ``propagation``, decades between first and last block
+    x_l = log10 ē_l + γ (1 − b_l/(B − 1))     ē_l: :mod:`.estimates`, ``stream`` by default; γ = ``propagation``
     K-means in one dimension, exact by dynamic programming; cluster 1 has the smallest loss
     ladder    u_k = (μ_k − μ_min)/(μ_max − μ_min),   s_l = S + λ (ū − u_k(l))      λ = ``spread``
     marginal  s_k = 2Φ(√(λ/ē_k^α)) − 1: equal marginal loss of Gaussian weights, α = ``spread``
 
-A layer's own loss says nothing of what later blocks make of it: an early error passes through all of them. γ is that growth (0: the
-published estimate). All maps meet Σ n_l s_l = S Σ n_l exactly after clipping. ``spread`` 0 is uniform, bit for bit.
+A layer's own loss says nothing of what later blocks make of it. ``stream`` measures how much of what they read is this block's;
+γ, in decades between first and last block, sets a growth with depth by hand. ``none`` and γ = 0: the published estimate. All maps meet Σ n_l s_l = S Σ n_l exactly after clipping. ``spread`` 0 is uniform, bit for bit.
 Source: Zhang, Chen, He, Zhang 2024 (arXiv 2409.20094). Confirmed there: the mean loss from rows of the inverse
 Hessian, K-means on its logarithm, groups share the budget. Ours: normalisations, K, both maps (methods/01 §2.4–2.5).
 """
@@ -22,28 +22,28 @@ from scipy.stats import norm
 
 from ...core import Budget, LayerSummary, Problem
 from .budget import bounds, chosen, meet
-from .estimates import Estimate, Normalize, layer_losses
+from .estimates import Estimate, Normalize, in_stream, layer_losses
 
 
 @dataclass(frozen=True)
 class LossClusters:
-    """``estimate`` A|B|C, ``normalize`` none|output-energy, ``clusters`` K, ``map`` ladder|marginal,
+    """``estimate`` A|B|C, ``normalize`` none|output-energy|stream, ``clusters`` K, ``map`` ladder|marginal,
     ``spread`` λ (ladder: width between first and last group; marginal: α), ``granularity`` linear|block,
     ``propagation`` γ in decades,
     ``below``/``above``: budgets stay within [S − below, S + above].
     """
 
     estimate: Estimate = "A"
-    normalize: Normalize = "output-energy"
-    clusters: int = 5
+    normalize: Normalize = "stream"
+    clusters: int = 8
     map: Literal["ladder", "marginal"] = "ladder"
-    spread: float | Literal["auto"] = 0.10
+    spread: float | Literal["auto"] = 0.25
     granularity: Literal["linear", "block"] = "linear"
     propagation: float = 0.0
-    below: float = 0.25
-    above: float = 0.15
+    below: float = 0.35
+    above: float = 0.22
     damping: float = 0.01
-    spreads: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3)
+    spreads: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.25, 0.35)
 
 
 def summarise(problems: Sequence[Problem], target: float, config: LossClusters) -> list[dict[str, float]]:
@@ -103,7 +103,7 @@ def loss_clusters(layers: Sequence[LayerSummary], target: float, config: LossClu
     spread = chosen(config.spread)
     last = max(1, *(layer.block for layer in layers), 1)
     x = [
-        float(np.log10(layer.values["loss"] + 1e-30)) + config.propagation * (1 - layer.block / last)
+        float(np.log10(in_stream(layer, config.normalize) + 1e-30)) + config.propagation * (1 - layer.block / last)
         for layer in layers
     ]
     sizes = [layer.size for layer in layers]

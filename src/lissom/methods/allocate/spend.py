@@ -65,6 +65,25 @@ def spend(options: Mapping[str, Sequence[Option]], budget: float) -> dict[str, O
     return _fill(options, chosen, left)
 
 
+def reach(options: Mapping[str, Sequence[Option]], loss: float) -> dict[str, Option]:
+    """The cheapest point of the walk over the hulls with Σ loss ≤ ``loss``.
+
+    Raises :class:`RecipeError` when the dearest options lose more, and says what they lose.
+    """
+    hulls = {name: hull(o) for name, o in options.items()}
+    chosen = {name: h[0] for name, h in hulls.items()}
+    total = sum(o.loss for o in chosen.values())
+    steps = [(_slope(a, b), name, b) for name, h in hulls.items() for a, b in itertools.pairwise(h)]
+    for _, name, option in sorted(steps, key=lambda s: -s[0]):
+        if total <= loss:
+            break
+        total += option.loss - chosen[name].loss
+        chosen[name] = option
+    if total > loss * (1 + 1e-9):
+        raise RecipeError(f"no choice of options loses as little as {loss:.3g}: the best loses {total:.3g}")
+    return chosen
+
+
 def _fill(options: Mapping[str, Sequence[Option]], chosen: dict[str, Option], left: float) -> dict[str, Option]:
     """Single changes and exchanges that lower the loss within what is left of the budget, best first."""
     names = list(options)

@@ -23,7 +23,11 @@ from .objective import Objective, Outputs, compare
 @dataclass(frozen=True)
 class Heal:
     """``steps`` of ``batch`` windows of ``length`` tokens, or ``minutes`` if they end first. ``data``: text to train on, a file
-    or a name; empty: that of the calibration. ``held_out`` windows of its end are kept apart and choose the best state."""
+    or a name; empty: that of the calibration. ``held_out`` windows of its end are kept apart and choose the best state;
+    after ``patience`` judgements without a better one the training ends. ``ema``: decay of an average of the weights, which
+    is then what is judged and kept. ``recompute``: inner activations are made again for the backward pass, not kept.
+    ``cache`` > 0: the teacher's so many largest log-probabilities are written to disk first, and the teacher let go.
+    ``tensorboard``: a folder for curves. ``teacher``: a checkpoint to learn from; empty: the model before compression."""
 
     steps: int = 500
     minutes: float | None = None
@@ -41,6 +45,12 @@ class Heal:
     temperature: float = 1.0
     hidden: float = 0.0
     distance: Distance = "normalised"
+    ema: float | None = None
+    patience: int | None = None
+    recompute: bool = False
+    cache: int = 0
+    tensorboard: str = ""
+    teacher: str = ""
     rank: int = 0
     norms: bool = True
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -55,6 +65,16 @@ class Heal:
             raise ValueError("learning_rate must be positive, warmup in [0, 1), rank at least 0")
         if self.minutes is not None and self.minutes <= 0:
             raise ValueError(f"minutes must be positive, not {self.minutes}")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience must be at least 1, not {self.patience}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"ema must be between 0 and 1, not {self.ema}")
+        plain = self.logits > 0 and self.kind == "forward" and self.temperature == 1 and not self.hidden
+        if self.cache < 0 or (self.cache and (not plain or self.minutes is not None)):
+            raise ValueError(
+                "cache holds the largest log-probabilities of a known number of steps: it must not be negative, and needs "
+                "logits > 0, kind forward, temperature 1, hidden 0 and no minutes"
+            )
         self.objective()
 
     def objective(self) -> Objective:

@@ -2,6 +2,7 @@
 
 from ...core import Method
 from .alps import ALPS, alps
+from .channel_permutation import ChannelPermutation, channel_permutation
 from .dsnot import DSnoT, dsnot
 from .e_sparse import ESparse, e_sparse
 from .gblm import GBLM, gblm
@@ -83,6 +84,10 @@ METHODS = {
         Method(
             "dsnot", "prune", "solver", "repairs a mask by exchanges that lower the mean output error", "arXiv 2310.08915",
             DSnoT, dsnot, needs=_INPUTS, makes=_ALL, comparison="row",
+        ),
+        Method(
+            "channel-permutation", "prune", "permutation", "reorders channels so that N:M keeps more", "ICLR 2024 (Plug-and-Play)",
+            ChannelPermutation, channel_permutation, needs=_INPUTS,
         ),
         Method(
             "oats", "prune", "solver", "sparse plus low rank", "arXiv 2409.13652", OATS, oats, needs=_INPUTS,

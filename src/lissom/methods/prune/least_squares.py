@@ -41,17 +41,16 @@ def conjugate_gradients(
     by diag H; a row that has met the tolerance rests. The error never rises above that of ``start``, whose values off
     the mask are ignored.
     """
-    inverse_diagonal = 1 / H.diagonal()
+    inverse_diagonal = mask / H.diagonal()  # zero off the support: r need not be masked
     x = torch.where(mask, start, 0.0)
-    r = torch.where(mask, target - x @ H, 0.0)
-    limit = ((target * mask).square() * inverse_diagonal).sum(1) * tolerance**2
-    z = r * inverse_diagonal
-    p = z
+    r = target - x @ H
+    limit = (target.square() * inverse_diagonal).sum(1) * tolerance**2
+    p = z = r * inverse_diagonal
     rz = (r * z).sum(1)
     done = 0
     active = rz > limit
     while done < iterations and bool(active.any()):
-        q = (p @ H).mul_(mask)
+        q = p @ H
         curvature = (p * q).sum(1)
         # a row at rest (or a null direction in fp32) takes a step of zero
         alpha = torch.where(active & (curvature > 0), rz / curvature.clamp_min(1e-38), 0.0)[:, None]

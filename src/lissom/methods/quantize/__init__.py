@@ -1,20 +1,23 @@
 """Quantization: which levels weights may take."""
 
 from ...core import Method
+from .activations import Activations, round_input
 from .autoround import AutoRound, autoround
-from .awq import AWQ, awq
+from .awq import AWQ, awq, awq_fold
 from .bcq import BCQ, bcq
 from .codebook import Codebook, codebook
 from .descent import Descent, descent
 from .gobo import GOBO, gobo
 from .gptq import GPTQ, gptq
 from .hqq import HQQ, hqq
+from .kv_cache import KVCache, fake_cache
 from .llm_int8 import LLMInt8, llm_int8
 from .loftq import LoftQ, loftq
 from .omniquant import OmniQuant, omniquant
 from .quip import QuIP, quip
+from .rotations import QuaRot, turns
 from .rtn import RTN, rtn
-from .smoothquant import SmoothQuant, smoothquant
+from .smoothquant import SmoothQuant, smooth, smoothquant
 from .spqr import SpQR, spqr
 from .vs_quant import VSQuant, vs_quant
 
@@ -35,7 +38,7 @@ METHODS = {
         ),
         Method(
             "awq", "quantize", "solver", "inputs that matter are scaled up before rounding", "arXiv 2306.00978", AWQ, awq,
-            needs=frozenset({"gram"}), makes=_FORMS,
+            needs=frozenset({"gram"}), makes=_FORMS, fold=awq_fold,
         ),
         Method(
             "autoround", "quantize", "solver", "rounding learned by signed gradients", "arXiv 2309.05516", AutoRound, autoround,
@@ -75,7 +78,7 @@ METHODS = {
         ),
         Method(
             "smoothquant", "quantize", "solver", "outliers of activations migrate to weights", "arXiv 2211.10438", SmoothQuant, smoothquant,
-            needs=frozenset({"inputs"}), makes=_FORMS,
+            needs=frozenset({"inputs"}), makes=_FORMS, fold=smooth,
         ),
         Method(
             "llm-int8", "quantize", "solver", "outlier inputs in half precision, the rest INT8", "arXiv 2208.07339", LLMInt8, llm_int8,
@@ -84,6 +87,15 @@ METHODS = {
         Method(
             "vs-quant", "quantize", "solver", "a quantized scale for every short vector", "arXiv 2102.04503", VSQuant, vs_quant,
             makes=_FORMS,
+        ),
+        Method(
+            "quarot", "quantize", "rotation", "the hidden states turned so that nothing stands out", "arXiv 2404.00456", QuaRot, turns,
+        ),
+        Method(
+            "activations", "quantize", "operator", "inputs of linear layers rounded at run time", "arXiv 1712.05877", Activations, round_input,
+        ),
+        Method(
+            "kv-cache", "quantize", "operator", "keys and values rounded when they are written", "arXiv 2402.02750", KVCache, fake_cache,
         ),
     )
 }  # fmt: skip

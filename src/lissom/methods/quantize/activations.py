@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ...core import NumericalError
 from . import ranges
 
 Calibrate = Literal["minmax", "absmax", "percentile", "mse", "entropy"]
@@ -98,3 +99,55 @@ def integer_linear(
         acc = acc + bias.long()
     top = 2 ** (bits - 1) - 1 if symmetric else 2**bits - 1
     return requantize(acc, *dyadic(M), z_y, -top if symmetric else 0, top)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """A step: inputs of linear layers are rounded at run time.
+
+    ``bits`` 2 … 8. ``per`` token: the scale of each token is found when it arrives; tensor: one scale for a stage, found on
+    the calibration text by ``calibrate`` (minmax and absmax are the same here: codes are symmetric). ``percent`` of the
+    magnitudes lie inside when ``calibrate`` is percentile. ``only``: roles of layers whose inputs are rounded; none: all.
+    """
+
+    bits: int = 8
+    per: Literal["token", "tensor"] = "token"
+    calibrate: Calibrate = "absmax"
+    percent: float = 99.99
+    only: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"bits must be 2 … 8, not {self.bits}")
+        if not 0 < self.percent <= 100:
+            raise ValueError(f"percent must be in (0, 100], not {self.percent:g}")
+
+
+def round_input(x: Tensor, bits: int, scale: float | None = None) -> Tensor:
+    """``x: (…, in)`` on symmetric codes −2^(b−1) … 2^(b−1) − 1, simulated.
+
+    ``scale`` None: ``s = 2 max|x| / (2^b − 1)`` of each token. The arithmetic is compressed-tensors' (every code is used,
+    the largest magnitude lies half a step beyond the last one), so that its engines give the same numbers. Raises :class:`NumericalError` for NaN and Inf.
+    """
+    half = 2.0 ** (bits - 1)
+    if scale is None:
+        s = x.abs().amax(-1, keepdim=True) / ((2.0**bits - 1) / 2)
+        if not bool(torch.isfinite(s).all()):
+            raise NumericalError(
+                "an activation is not finite: no scale can hold it; the checkpoint overflows on this text"
+            )
+        s = torch.where(s == 0, torch.full_like(s, torch.finfo(s.dtype).eps), s)
+    else:
+        s = torch.tensor(scale, dtype=x.dtype)
+    return torch.round((x / s).clamp(-half, half - 1)) * s
+
+
+def static_scale(x: Tensor, config: Activations) -> float:
+    """The constant scale for activations like ``x`` (any shape), by ``config.calibrate``; half-precision exact."""
+    grid = ActivationGrid(config.bits, True, "tensor", False, config.calibrate, config.percent)
+    low, high = grid.range(x.reshape(1, -1).float())
+    top = float(torch.maximum(-low, high))
+    scale = torch.tensor(top / ((2.0**config.bits - 1) / 2)).half().float()
+    if not bool(torch.isfinite(scale)):
+        raise NumericalError(f"activations up to {top:g} have no finite half-precision scale; use per: token")
+    return float(scale) or 1.0

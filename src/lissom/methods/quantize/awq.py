@@ -55,6 +55,12 @@ def awq_scale(W: Tensor, problem: Problem, config: AWQ) -> tuple[Tensor, dict[st
     return best, {"exponent": exponent, "error_unscaled": first / energy, "error_scaled": least / energy}
 
 
+def awq_fold(problem: Problem, config: AWQ) -> tuple[Tensor, dict[str, float]]:
+    """s and notes for a pipeline that folds; the problem's grid is that of the step that rounds."""
+    grids(problem, "awq")
+    return awq_scale(problem.weight, problem, config)
+
+
 def _round(problem: Problem, W: Tensor) -> Codes:
     params = problem.constraint.fit_all(W)
     return Codes.round(W, params, params.bits, problem.constraint.group_size)

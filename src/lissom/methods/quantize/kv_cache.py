@@ -17,18 +17,23 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ...core import NumericalError
 from . import ranges
 from .common import half
 
 
 @dataclass(frozen=True)
 class CacheGrid:
-    """``bits`` 2–8; ``per`` token | channel; ``group`` entries share a grid; ``recent`` tokens are left alone."""
+    """``bits`` 2–8; ``per`` token | channel; ``group`` entries share a grid; ``recent`` tokens are left alone.
+
+    ``zero``: low – a half-precision low end; integer – a zero point, as compressed-tensors computes (fp32 scales).
+    """
 
     bits: int = 4
     per: Literal["token", "channel"] = "token"
     group: int = 64
     recent: int = 0
+    zero: Literal["low", "integer"] = "low"
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -51,9 +56,23 @@ def encode_groups(x: Tensor, bits: int) -> CacheCodes:
     """Min-max codes of ``x: (groups, n)``; the low end need not be a multiple of the scale."""
     low = half(x.amin(1, keepdim=True))
     scale = half((x.amax(1, keepdim=True) - low) / (2**bits - 1))
+    if not bool((torch.isfinite(low) & torch.isfinite(scale)).all()):
+        raise NumericalError(
+            "keys or values beyond half precision cannot be cached with `zero: low`; use zero: integer"
+        )
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     values = torch.round((x - low) / scale).clamp(0, 2**bits - 1)
     return CacheCodes(values.to(torch.uint8), scale, low)
+
+
+def fake_integer(x: Tensor, bits: int) -> Tensor:
+    """``x: (groups, n)`` on grids with min ≤ 0 ≤ max and an integer zero point, every step as compressed-tensors does it."""
+    low, high = x.amin(1, keepdim=True).clamp_max(0), x.amax(1, keepdim=True).clamp_min(0)
+    half = 2.0 ** (bits - 1)
+    scale = (high - low) / (2.0**bits - 1)
+    zero = torch.round((-half - low / scale).clamp(-half, half - 1).nan_to_num(0.0))
+    scale = torch.where(scale == 0, torch.full_like(scale, torch.finfo(scale.dtype).eps), scale)
+    return (torch.round((x / scale + zero).clamp(-half, half - 1)) - zero) * scale
 
 
 def fake_cache(x: Tensor, config: CacheGrid) -> Tensor:
@@ -69,7 +88,10 @@ def fake_cache(x: Tensor, config: CacheGrid) -> Tensor:
     pieces = []
     for piece in view.split(config.group, 3):
         flat = piece.reshape(-1, piece.shape[3])
-        pieces.append(encode_groups(flat, config.bits).decode().reshape(piece.shape))
+        done = (
+            fake_integer(flat, config.bits) if config.zero == "integer" else encode_groups(flat, config.bits).decode()
+        )
+        pieces.append(done.reshape(piece.shape))
     done = torch.cat(pieces, 3)
     done = done if config.per == "token" else done.transpose(2, 3)
     return torch.cat([done, x[:, :, old:]], 2)
@@ -95,3 +117,50 @@ def fake_cache_static(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tens
 def cache_bits(config: CacheGrid) -> float:
     """Bits per stored number, scale and low end included."""
     return config.bits + 32 / config.group
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """A step: keys and values are rounded when they are written.
+
+    ``bits`` 2 … 8 of both unless ``key_bits`` or ``value_bits`` says otherwise. ``keys``, ``values``: token | channel.
+    ``group_size`` channels (token) or tokens (channel) share a grid. The last ``recent`` tokens stay in full precision, and
+    so does a channel's group that is not full. ``zero`` as of :class:`CacheGrid`. ``rotate``: turn queries and keys by a
+    Hadamard matrix first (QuaRot's R3; products are unchanged), an operator of the run.
+    """
+
+    bits: int = 4
+    key_bits: int | None = None
+    value_bits: int | None = None
+    keys: Literal["token", "channel"] = "channel"
+    values: Literal["token", "channel"] = "token"
+    group_size: int = 64
+    recent: int = 0
+    zero: Literal["low", "integer"] = "low"
+    rotate: bool = False
+
+    def __post_init__(self) -> None:
+        if self.group_size < 1 or self.recent < 0:
+            raise ValueError(f"group_size ≥ 1 and recent ≥ 0 are needed, not {self.group_size} and {self.recent}")
+        self.grids()
+
+    def grids(self) -> tuple[CacheGrid, CacheGrid]:
+        """Of keys and of values."""
+        bits = (self.key_bits or self.bits, self.value_bits or self.bits)
+        return (
+            CacheGrid(bits[0], self.keys, self.group_size, self.recent, self.zero),
+            CacheGrid(bits[1], self.values, self.group_size, self.recent, self.zero),
+        )
+
+
+def in_full_precision(tokens: int, config: CacheGrid) -> Tensor | None:
+    """(tokens, tokens) bool: whether the query of a row reads a key's token before it is rounded; None: never.
+
+    A channel's group is rounded when it is full, that is for queries of later groups; ``recent`` counts the query's own
+    token, and whole groups of channels wait until all of it is older.
+    """
+    at = torch.arange(tokens)
+    if config.per == "token":
+        return (at[:, None] - at < config.recent) if config.recent else None
+    groups = at // config.group
+    return at[:, None] - (groups * config.group + config.group - 1) < max(config.recent, 1)

@@ -15,11 +15,44 @@ Sources: Ashkboos et al., NeurIPS 2024 (arXiv 2404.00456); Liu et al., ICLR 2025
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...core import Rotation
+
+
+@dataclass(frozen=True)
+class QuaRot:
+    """A step: fuse rotations into the weights. ``stream``: R1; ``values``: R2; ``online``: R4, an operator of the run.
+
+    ``seed`` of all of them.
+    """
+
+    stream: bool = True
+    values: bool = True
+    online: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Turns:
+    """R1 (width), R2 (head size) and R4 (MLP size); None: not done."""
+
+    stream: Rotation | None
+    values: Rotation | None
+    inner: Rotation | None
+
+
+def turns(config: QuaRot, width: int, head: int, inner: int) -> Turns:
+    """The Hadamard rotations that ``config`` asks for."""
+    return Turns(
+        Rotation(width, config.seed) if config.stream else None,
+        Rotation(head, config.seed + 1) if config.values else None,
+        Rotation(inner, config.seed + 2) if config.online else None,
+    )
+
 
 READERS = ("q", "k", "v", "gate", "up")
 WRITERS = ("o", "down")

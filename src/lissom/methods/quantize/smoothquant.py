@@ -47,6 +47,14 @@ def fold_into_linear(weight: Tensor, bias: Tensor | None, s: Tensor) -> tuple[Te
     return weight / s[:, None], None if bias is None else bias / s
 
 
+def smooth(problem: Problem, config: SmoothQuant) -> tuple[Tensor, dict[str, float]]:
+    """s (in,) of the stack alone, to be folded; notes: the largest magnitude over the median one, before and after."""
+    x = problem.stats.absmax
+    s = smooth_scale(x, problem.weight, config.alpha)
+    peaks = [float(t.max() / t.median().clamp_min(1e-12)) for t in (x, x / s)]
+    return s, {"activation_peak": peaks[0], "activation_peak_smooth": peaks[1]}
+
+
 def smoothquant(problem: Problem, config: SmoothQuant) -> Solved:
     """Scale, then round to nearest."""
     grids(problem, "smoothquant")

@@ -12,6 +12,7 @@ standardised scores over all blocks and leaves widths that differ). One forward 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,10 +23,16 @@ from ...core import UnitProblem
 @dataclass(frozen=True)
 class FLAP:
     """``keep_heads``, ``keep_neurons``: fractions that remain in every block. ``bias``: compensate where the architecture
-    can hold a bias."""
+    can hold a bias.
+
+    ``spread``: widths of blocks may differ by so much. ``target``, ``of``: a size that the result must not exceed.
+    """
 
     keep_heads: float = 1.0
     keep_neurons: float = 0.8
+    spread: float = 0.0
+    target: float | None = None
+    of: Literal["parameters", "bytes", "latency"] = "parameters"
     bias: bool = True
 
 

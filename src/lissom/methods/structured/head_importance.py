@@ -10,6 +10,7 @@ Differs: all removals at once, the same number in every block (the paper removes
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,10 +20,16 @@ from ...core import UnitProblem
 
 @dataclass(frozen=True)
 class HeadImportance:
-    """``keep_heads``, ``keep_neurons``: fractions that remain in every block."""
+    """``keep_heads``, ``keep_neurons``: fractions that remain in every block.
+
+    ``spread``: widths of blocks may differ by so much. ``target``, ``of``: a size that the result must not exceed.
+    """
 
     keep_heads: float = 0.8
     keep_neurons: float = 1.0
+    spread: float = 0.0
+    target: float | None = None
+    of: Literal["parameters", "bytes", "latency"] = "parameters"
 
 
 def head_importance(problem: UnitProblem, config: HeadImportance) -> Tensor:
