@@ -1,21 +1,22 @@
-"""Decode and prefill speed of several forms of one model beside llama.cpp, all interleaved in one run.
+"""Decode and prefill speed of several forms beside llama.cpp's Q4_0, all interleaved in one run.
 
-    flock /tmp/lissom.lock .venv/bin/python benchmarks/runtime.py --llama-python /tmp/llamacpp/bin/python
+    flock /tmp/lissom.lock .venv/bin/python benchmarks/runtime.py --shape 0.6B --llama-python /tmp/llamacpp/bin/python
 
-Weights are rounded to nearest at load (speed does not depend on their quality). Medians of wall time, and of processor
-time for one thread, which stays comparable on a machine that others use. Prints the rows of benchmarks/RUNTIME.md.
+Models of random weights in the shape of the demo model or of a 0.6B one (benchmarks/synthetic.py). Medians of wall time, and
+of processor time for one thread, which stays comparable on a machine that others use. Prints the rows of
+benchmarks/RUNTIME.md. The share of the roofline is bytes of weights × tokens per second over the measured read bandwidth.
 """
 
 import argparse
 import statistics
+import tempfile
 import time
+from pathlib import Path
 
-import torch
+from synthetic import SHAPES, parts, write_gguf
 
-from lissom.export import open_model
-from lissom.kernels import extension, isa
-from lissom.models import Model
-from lissom.run.bench import llama_contender, rounding, some_tokens
+from lissom.kernels.native import extension, isa
+from lissom.run.bench import llama_contender, some_tokens
 from lissom.run.engine import Engine
 
 
@@ -33,61 +34,64 @@ def run_engine(engine, prompt, new, greedy):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo")
+    parser.add_argument("--shape", default="demo-shape", choices=SHAPES)
     parser.add_argument("--forms", default="int4,6:16 int4,4:16 int4")
+    parser.add_argument("--outer", default="int8", help="Form of the tied embedding and head: int8 or int6.")
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--new", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--llama-python")
-    parser.add_argument("--llama-quantization", default="q4_0")
     options = parser.parse_args()
-    torch.set_num_threads(1)
     threads = [int(t) for t in options.threads.split(",")]
     context = options.prompt + options.new + 32
+    shape = SHAPES[options.shape]
 
-    model = Model(open_model(options.model))
-    engines, runs = {}, {}
+    engines, runs, rivals = {}, {}, {}
     for form in options.forms.split(","):
-        codes = {}
-        make = rounding(form)
+        made = parts(shape, form, options.outer)
         for t in threads:
+            engines[form, t] = Engine(made, threads=t, context=context)
+    with tempfile.TemporaryDirectory() as folder:
+        if options.llama_python:
+            file = str(write_gguf(shape, Path(folder) / "model.gguf"))
+            for t in threads:
+                rivals["llama.cpp Q4_0", t] = llama_contender(file, t, context, options.llama_python, None, "as-is")
+        greedy = extension.Sampling(0.0, 0, 1.0, 0.0, 1.0)
+        prompt = some_tokens(options.prompt, shape["vocabulary"])
+        bandwidth = {t: 0.0 for t in threads}
+        for repeat in range(options.repeats + 1):  # the first is a warm-up
+            for key, engine in engines.items():
+                result = run_engine(engine, prompt, options.new, greedy)
+                runs.setdefault(key, []).extend([result] if repeat else [])
+            for key, rival in rivals.items():
+                result = rival.run(prompt, options.new)
+                runs.setdefault(key, []).extend([result] if repeat else [])
+            for t in threads:
+                bandwidth[t] = max(bandwidth[t], extension.read_bandwidth(t, 256 << 20, 1))
+        for rival in rivals.values():
+            rival.close()
 
-            def cached(name, weight, codes=codes, make=make):
-                if name not in codes:
-                    codes[name] = make(name, weight)
-                return codes[name]
-
-            engines[form, t] = Engine(model, threads=t, context=context, compress=cached)
-    rivals = {}
-    if options.llama_python:
-        for t in threads:
-            rivals["llama.cpp " + options.llama_quantization, t] = llama_contender(
-                options.model, t, context, options.llama_python, None, options.llama_quantization
-            )
-    greedy = extension.Sampling(0.0, 0, 1.0, 0.0, 1.0)
-    prompt = some_tokens(options.prompt, next(iter(engines.values())).vocabulary)
-    for repeat in range(options.repeats + 1):  # the first is a warm-up
-        for key, engine in engines.items():
-            result = run_engine(engine, prompt, options.new, greedy)
-            runs.setdefault(key, []).extend([result] if repeat else [])
-        for key, rival in rivals.items():
-            result = rival.run(prompt, options.new)
-            runs.setdefault(key, []).extend([result] if repeat else [])
-
-    print(f"isa {isa()}, prompt {options.prompt}, new {options.new}, medians of {options.repeats}")
-    print("| form | threads | MB/token | decode t/s | decode t/cpu-s | prefill t/s | prefill t/cpu-s |")
-    print("|---|---|---|---|---|---|---|")
+    read = ", ".join(f"{t} thread{'s' * (t > 1)} {b / 1e9:.1f} GB/s" for t, b in bandwidth.items())
+    print(f"{options.shape}, head {options.outer}, isa {isa()}, prompt {options.prompt}, new {options.new}, "
+          f"medians of {options.repeats}; reading memory: {read}")  # fmt: skip
+    print("| form | threads | MB/token | decode t/s | × | t/cpu-s | × | of bandwidth | prefill t/s | × | t/cpu-s | × |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for key, results in runs.items():
-        middle = {k: statistics.median(r[k] for r in results) for k in results[0] if k.endswith("_s")}
-        size = engines[key].bytes_per_token / 1e6 if key in engines else rivals[key].info["file_bytes"] / 1e6
-        print(
-            f"| {key[0]} | {key[1]} | {size:.1f} | {options.new / middle['decode_s']:.1f} "
-            f"| {options.new / middle['decode_cpu_s']:.1f} | {options.prompt / middle['prefill_s']:.0f} "
-            f"| {options.prompt / middle['prefill_cpu_s']:.0f} |"
-        )
-    for rival in rivals.values():
-        rival.close()
+        middle = medians(results)
+        base = medians(runs["llama.cpp Q4_0", key[1]]) if rivals else middle
+        size = engines[key].bytes_per_token if key in engines else rivals[key].info["file_bytes"]
+        cells = []
+        for kind, count in (("decode", options.new), ("prefill", options.prompt)):
+            for clock in ("s", "cpu_s"):
+                name = f"{kind}_{clock}"
+                cells += [f"{count / middle[name]:.1f}", f"{base[name] / middle[name]:.2f}"]
+        cells.insert(4, f"{size * options.new / middle['decode_s'] / bandwidth[key[1]]:.0%}")
+        print(f"| {key[0]} | {key[1]} | {size / 1e6:.1f} | {' | '.join(cells)} |")
+
+
+def medians(results):
+    return {k: statistics.median(r[k] for r in results) for k in results[0] if k.endswith("_s")}
 
 
 if __name__ == "__main__":

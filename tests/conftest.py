@@ -1,7 +1,11 @@
 """Shared fixtures: one thread (the machine is shared), tiny checkpoints, and one trained model for the whole run."""
 
+import os
+
 import pytest
 import torch
+
+os.environ["LISSOM_CACHE"] = "off"  # no images of tiny models in the user's cache; tests of images set their own
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,7 +11,7 @@ from lissom.kernels import Form, Packed, PackedBinary, choose, isa, reference
 from lissom.kernels.packed import tile_columns
 
 ISAS = ["", "portable"] if isa() != "torch" else [""]
-DENSE = {2: "int2", 3: "int3", 4: "int4", 8: "int8"}
+DENSE = {2: "int2", 3: "int3", 4: "int4", 6: "int6", 8: "int8"}
 
 
 def random_codes(rows, columns, bits, group, seed=0, symmetric=False, extreme=False):
@@ -67,7 +67,7 @@ def check(codes, mask, form, x, threads=1):
     return packed
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_dense(bits, group, symmetric):
@@ -109,7 +109,7 @@ def test_slots_with_a_spill_list(slots):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    rows=st.integers(1, 40), columns=st.integers(1, 300), tokens=st.integers(1, 13), bits=st.sampled_from([2, 3, 4, 5, 8]),
+    rows=st.integers(1, 40), columns=st.integers(1, 300), tokens=st.integers(1, 13), bits=st.sampled_from([2, 3, 4, 5, 6, 7, 8]),
     group=st.sampled_from([32, 64, 128, 512]), keep=st.sampled_from([None, 1.0, 0.6, 0.3, 0.1, 0.0]), seed=st.integers(0, 99),
     extreme=st.booleans(), threads=st.integers(1, 2),
 )  # fmt: skip

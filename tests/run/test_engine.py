@@ -5,10 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lissom.core import CheckpointError, Codes, Grid
-from lissom.kernels import isa
+from lissom.core import Binary, CheckpointError, Codes, Grid, LissomError
+from lissom.kernels import extension, isa
 from lissom.models import Model, open_checkpoint
-from lissom.run.engine import ContextError, Engine, int8
+from lissom.run.engine import ContextError, Engine
+from lissom.run.load import rounded
 from tiny import tiny_model
 
 pytestmark = pytest.mark.skipif(isa() == "torch", reason="needs the C++ extension")
@@ -102,15 +103,16 @@ def test_codes_are_packed_as_they_are(llama):
     assert divergence(model.head(h)[0].detach(), engine.step(ids, want="all")) < 3e-3
 
 
-def test_int8_rounding_is_to_the_nearest():
+@pytest.mark.parametrize("bits", [8, 6])
+def test_rounding_at_load_is_to_the_nearest(bits):
     generator = torch.Generator().manual_seed(0)
     for rows, columns in ((64, 128), (65, 96), (66, 50)):
         weight = torch.randn(rows, columns, generator=generator)
         weight[0] = 0
-        codes = int8(weight)
-        best = Codes.round(weight, Grid(8, codes.group_size, symmetric=True).fit_all(weight), 8, codes.group_size)
+        codes = rounded(weight, bits)
+        best = Codes.round(weight, Grid(bits, codes.group_size, symmetric=True).fit_all(weight), bits, codes.group_size)
         error, bound = (codes.decode() - weight).abs(), codes.scale.repeat_interleave(codes.group_size, 1)[:, :columns]
-        assert bool((error <= bound * 0.5 + bound * 127 * 2**-11).all())  # half a step; clipping by a rounded scale
+        assert bool((error <= bound * 0.5 + bound * 2**bits * 2**-12).all())  # half a step; clipping by a rounded scale
         assert float(error.square().mean()) <= 1.05 * float((best.decode() - weight).square().mean())
 
 
@@ -132,6 +134,95 @@ def test_bad_input(llama, tmp_path):
         engine.step([1], 7)
     with pytest.raises(ContextError, match="outside the model's context"):
         engine.step([1], 0, 5000)
+    for wrong in ({"cache_bits": 5}, {"outer_bits": 4}):
+        with pytest.raises(LissomError, match="bits, not"):
+            Engine(llama, context=64, **wrong)
     tiny_model("gpt2", tmp_path)
     with pytest.raises(CheckpointError, match="no gpt2 blocks"):
         Engine(tmp_path)
+
+
+def nibbles(x):
+    """Groups of 32 of the last axis as the cache holds them with 4 bits: the largest element at code -8."""
+    out = x.copy()
+    for at in range(0, x.shape[-1], 32):
+        part = x[..., at : at + 32]
+        top = np.take_along_axis(part, np.abs(part).argmax(-1, keepdims=True), -1)
+        scale = (top / -8).astype(np.float16).astype(np.float32)
+        inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
+        out[..., at : at + 32] = np.clip(np.rint(part * inverse), -8, 7) * scale
+    return out
+
+
+def eighths(x):
+    """Heads as the cache holds them with 8 bits."""
+    scale = np.abs(x).max(-1, keepdims=True) / np.float32(127)
+    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
+    return np.clip(np.rint(x * inverse), -127, 127) * scale
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize(
+    ("heads", "kv", "dim", "window"), [(4, 2, 64, 0), (6, 6, 12, 0), (3, 1, 80, 0), (4, 2, 32, 41)]
+)
+def test_attention_over_every_cache(bits, heads, kv, dim, window):
+    """Against softmax over keys and values rounded as the cache rounds them."""
+    draw = np.random.default_rng(bits + dim)
+    for positions, tokens in ((1, 1), (50, 50), (300, 9)):
+        q = draw.normal(size=(tokens, heads, dim)).astype(np.float32)
+        k = draw.normal(size=(positions, kv, dim)).astype(np.float32) * 2
+        v = draw.normal(size=(positions, kv, dim)).astype(np.float32)
+        v[0] = 0
+        kept = {16: lambda x: x.astype(np.float16).astype(np.float32), 8: eighths, 4: nibbles}[bits]
+        out = np.empty((tokens, heads * dim), np.float32)
+        extension.attention(q, k, v, bits, window, dim**-0.5, out)
+        keys, values = (np.repeat(kept(x), heads // kv, 1) for x in (k, v))
+        at = np.arange(positions - tokens, positions)[:, None] - np.arange(positions)
+        seen = (at >= 0) & (at < (window or positions + 1))
+        scores = np.einsum("thd,phd->thp", q, keys) * dim**-0.5
+        scores = np.where(seen[:, None], scores, -np.inf)
+        p = np.exp(scores - scores.max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        expected = np.einsum("thp,phd->thd", p, values).reshape(tokens, -1)
+        assert np.abs(out - expected).max() < 2e-4  # 8 bits: a tie that rounds the other way moves one code
+
+
+def test_four_bits_of_cache_cost_little_and_save_most(llama):
+    sizes = {bits: Engine(llama, context=128, cache_bits=bits) for bits in (16, 8, 4)}
+    ids = tokens(60)
+    expected = torch.from_numpy(sizes[16].step(ids, want="all"))
+    lost = {bits: divergence(expected, sizes[bits].step(ids, want="all")) for bits in (8, 4)}
+    assert lost[8] < lost[4] < 0.05
+
+
+def test_binary_coded_layers(tmp_path):
+    """LUT-GEMM inside the decoder: same function as torch with the decoded weights."""
+    tiny_model("llama", tmp_path, hidden_size=64, intermediate_size=96)
+    model = Model(open_checkpoint(tmp_path))
+    kept = {}
+
+    def compress(name, weight):
+        planes, rest, alphas = [], weight, []
+        for _ in range(4):  # greedy: the sign of what is left, at its mean size in each 32 inputs
+            alpha = rest.abs().reshape(len(weight), -1, 32).mean(2).half().float()
+            planes.append(rest >= 0)
+            alphas.append(alpha)
+            rest = rest - torch.where(rest >= 0, 1.0, -1.0) * alpha.repeat_interleave(32, 1)
+        made = Binary(torch.stack(planes), torch.stack(alphas), torch.zeros_like(alphas[0]), 32)
+        kept[name] = made.decode()
+        if name.endswith("k_proj"):  # a neighbour of another kind in the same product
+            codes = rounded(weight)
+            kept[name] = codes.decode()
+            return codes, None
+        return made, None
+
+    engine = Engine(model, context=128, compress=compress, threads=2)
+    assert set(engine.layers.forms.values()) == {"binary × 4", "int8"}
+    ids = tokens(50)
+    h = model.embed(torch.from_numpy(ids)[None])
+    for i in range(model.blocks):
+        block = model.load_block(i)
+        for linear in model.linears(i):
+            block.set_weight(linear.name, kept[linear.name])
+        h = block.forward(h)
+    assert divergence(model.head(h)[0].detach(), engine.step(ids, want="all")) < 3e-3

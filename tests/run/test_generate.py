@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lissom.kernels import extension
 from lissom.run.engine import ContextError, Engine
-from lissom.run.generate import Generation, Runner, generate
+from lissom.run.generation import Generation, Runner, generate
 from lissom.run.sampling import RequestError, Sampling
 from lissom.run.scheduler import BusyError, Scheduler, generate_batch
 from lissom.run.text import TextStream
@@ -122,7 +122,7 @@ def test_speculation_changes_nothing(runner, draft, temperature, penalty):
 
 
 def runner_copy(runner):
-    return Runner(Engine(runner.engine.model, context=512, threads=1))
+    return Runner(Engine(runner.engine.parts, context=512, threads=1))
 
 
 def test_streaming_equals_the_whole(runner):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lissom.core import LissomError
 from lissom.kernels import extension
-from lissom.run.generate import Runner, generate
+from lissom.run.generation import Runner, generate
 from lissom.run.serve import ServerSettings, build_app, serve
 from tiny import tiny_model
 
@@ -83,7 +83,7 @@ def test_completions_equal_generate(server, runner):
 def runner_alone(runner):
     from lissom.run.engine import Engine
 
-    return Runner(Engine(runner.engine.model, context=512, threads=1))
+    return Runner(Engine(runner.engine.parts, context=512, threads=1))
 
 
 def test_chat_streams_with_usage(server):

@@ -8,9 +8,10 @@ from typer.testing import CliRunner
 
 from lissom.core import LissomError
 from lissom.kernels import extension
-from lissom.run.bench import bench, llama_contender, rounding
+from lissom.run.bench import bench, llama_contender
 from lissom.run.commands import add_commands
-from lissom.run.generate import generate
+from lissom.run.generation import generate
+from lissom.run.rounding import rounding
 from tiny import tiny_model
 
 pytestmark = pytest.mark.skipif(extension is None, reason="needs the C++ extension")
@@ -45,7 +46,7 @@ def test_chat_keeps_the_conversation(path):
 
 def test_bad_settings_are_named(path):
     for arguments, says in (
-        (["--cache-bits", "4"], "8 or 16"),
+        (["--cache-bits", "5"], "8 or 4"),
         (["--round", "int9"], "int9"),
         (["--temperature", "-1"], "temperature"),
     ):

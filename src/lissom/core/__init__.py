@@ -1,7 +1,12 @@
-"""The vocabulary: tensors in, tensors out. Imports torch and nothing else of lissom."""
+"""The vocabulary: tensors in, tensors out. Imports torch and nothing else of lissom.
 
-from .block import BlockForward, BlockProblem
-from .constraint import NM, Both, Constraint, Fixed, Pattern, Sparse, Stack, both, keep_largest
+Errors are here at once; the first other name loads torch and all of :mod:`lissom.core.vocabulary`. So the command line
+and the runtime start without torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .errors import (
     CalibrationError,
     CheckpointError,
@@ -11,31 +16,19 @@ from .errors import (
     OutputError,
     RecipeError,
 )
-from .factor import Factor, damped, factorise
-from .grid import Codes, Grid, GridParams
-from .method import Method
-from .problem import Budget, LayerSummary, Problem, Solved
-from .rotation import Rotation
-from .stats import Stats, gram_product, merge
-from .stored import (
-    Affine,
-    Binary,
-    Columns,
-    Levels,
-    LowRank,
-    Masked,
-    Patched,
-    Plain,
-    Rotated,
-    Scaled,
-    Second,
-    Stacked,
-    Stored,
-    TwoLevel,
-    stored_bits,
-)
-from .sweep import sweep
-from .units import GateProblem, UnitProblem, Units
+
+if TYPE_CHECKING:
+    from .vocabulary import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'lissom.core' has no attribute {name!r}")
+    vocabulary = import_module("lissom.core.vocabulary")
+    # all at once: `sweep` is a function and the module that it lives in, which imports leave in its place here
+    globals().update({key: getattr(vocabulary, key) for key in vocabulary.__all__})
+    return globals()[name]
+
 
 __all__ = [
     "NM",

@@ -11,7 +11,6 @@ come from measurements on a two-core AVX2 machine (benchmarks/RUNTIME.md):
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,15 +19,9 @@ from torch import Tensor
 from ..core.errors import FormatError
 from ..core.grid import Codes
 from . import reference
+from .native import extension
 
-try:
-    from . import _C  # pyright: ignore[reportAttributeAccessIssue]
-except ImportError:  # installed without a C++ compiler: the torch reference does the work
-    _C = None
-
-extension: ModuleType | None = _C
-
-KINDS = {"int2": 2, "int3": 3, "int4": 4, "int8": 8, "n:16 int4": 104, "n:16 int8": 108, "2:4 int4": 124}
+KINDS = {"int2": 2, "int3": 3, "int4": 4, "int6": 6, "int8": 8, "n:16 int4": 104, "n:16 int8": 108, "2:4 int4": 124}
 _SPILL_COST = 24.0  # time of one spilled weight in slots
 _DENSE_COST = 0.54  # time of one weight of a dense int4 tile in slots
 
@@ -58,7 +51,7 @@ def tile_columns(codes: Codes) -> int:
 
 def choose(codes: Codes, mask: Tensor | None) -> Form:
     """The fastest form of ``codes`` under ``mask`` (out, in), True = kept."""
-    dense = Form(next(f"int{b}" for b in (2, 3, 4, 8) if b >= codes.bits))
+    dense = Form(next(f"int{b}" for b in (2, 3, 4, 6, 8) if b >= codes.bits))
     if mask is None:
         return dense
     rows, columns = mask.shape
@@ -160,6 +153,11 @@ class PackedBinary:
             bits = signs.to(torch.uint8).contiguous().numpy()
             self.matrix = extension.Bcq.pack(bits, *values, group_size, self.tile)
             del self._arrays
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that one product reads (of the signs, when there is no extension)."""
+        return self.matrix.bytes if self.matrix is not None else self._arrays[0].numel() // 8
 
     def linear(self, x: Tensor, threads: int = 1, isa: str = "") -> Tensor:
         """``x Wᵀ``, (tokens, out)."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
-from .generate import Generation
+from .generation import Generation
 from .sampling import RequestError, Sampling
 
 _MANY = 2**31 - 1

@@ -16,35 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ..core import NM, Codes, Grid, LissomError
-from .engine import Compress
+from ..core.errors import LissomError
 
 _LLAMA_PYTHON = "LISSOM_LLAMA_PYTHON"
-
-
-def rounding(name: str) -> Compress:
-    """Round to nearest at load, to learn the speed of a form before compressing: "int4", "int2" … or "4:16 int4".
-
-    Groups of 64 inputs; N:M keeps the largest magnitudes. For speed only: the quality is that of no calibration.
-    """
-    pattern, _, kind = name.rpartition(" ")
-    if kind not in ("int2", "int3", "int4", "int8"):
-        raise LissomError(f"unknown rounding {name!r}: use int2, int3, int4 or int8, or N:M before it (4:16 int4)")
-    bits = int(kind[3:])
-    nm = NM(*map(int, pattern.split(":"))) if pattern else None
-
-    def compress(_: str, weight: Tensor) -> tuple[Codes, Tensor | None]:
-        columns = weight.shape[1]
-        group = 64 if columns % 64 == 0 else 32 if columns % 32 == 0 else columns
-        mask = nm.select(weight.abs()) if nm else None
-        weight = weight if mask is None else weight * mask
-        params = Grid(bits, group, symmetric=True).fit_all(weight)
-        return Codes.round(weight, params, bits, group), mask
-
-    return compress
 
 
 def some_tokens(count: int, vocabulary: int) -> list[int]:
@@ -94,6 +68,8 @@ def bench(
     llama_model: str | None = None,
     llama_quantization: str = "q4_0",
     rounded: str | None = None,
+    outer_bits: int = 8,
+    cache_bits: int = 16,
 ) -> dict[str, Any]:
     """Medians of ``repeats`` interleaved runs after one warm-up.
 
@@ -112,6 +88,8 @@ def bench(
         str(threads),
         str(prompt_tokens + new_tokens + 32),
         rounded or "",
+        str(outer_bits),
+        str(cache_bits),
     ]
     contenders = [Contender("lissom", worker)]
     missing = None
@@ -185,14 +163,15 @@ def llama_contender(
     return Contender("llama.cpp", [python, script, path, quantization, str(threads), str(context)])
 
 
-def _work(model: str, threads: int, context: int, rounded: str) -> None:
+def _work(model: str, threads: int, context: int, rounded: str, outer_bits: int, cache_bits: int) -> None:
     """The child process of lissom itself."""
-    from ..kernels import extension, isa
+    from ..kernels.native import extension, isa
     from .engine import Engine
+    from .start import open_parts
 
-    torch.set_num_threads(1)
     started = time.perf_counter()
-    engine = Engine(model, threads=threads, context=context, compress=rounding(rounded) if rounded else None)
+    parts = open_parts(model, rounded or None, outer_bits)
+    engine = Engine(parts, threads=threads, context=context, cache_bits=cache_bits)
     loaded = time.perf_counter() - started
     assert extension is not None
     greedy = extension.Sampling(0.0, 0, 1.0, 0.0, 1.0)
@@ -220,4 +199,4 @@ def _peak() -> int:
 
 
 if __name__ == "__main__":
-    _work(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    _work(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], int(sys.argv[5]), int(sys.argv[6]))

@@ -9,8 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-from ..core import LissomError
-
 Model = Annotated[
     str,
     typer.Argument(
@@ -19,7 +17,7 @@ Model = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="Threads; all cores when not given.")]
 Context = Annotated[int | None, typer.Option("--context", min=32, help="Positions of the key/value cache.")]
-CacheBits = Annotated[int, typer.Option("--cache-bits", help="Bits of the key/value cache: 16 or 8.")]
+CacheBits = Annotated[int, typer.Option("--cache-bits", help="Bits of the key/value cache: 16, 8 or 4.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Tokens to generate at most.")]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 = greedy.")]
 TopK = Annotated[int, typer.Option("--top-k", help="Keep the k most probable tokens; 0 = off.")]
@@ -27,21 +25,18 @@ TopP = Annotated[float, typer.Option("--top-p", help="Keep the smallest set with
 MinP = Annotated[float, typer.Option("--min-p", help="Keep tokens with this share of the best one's probability.")]
 Penalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1: avoid tokens that occurred.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the draws.")]
+OuterBits = Annotated[int, typer.Option("--outer-bits", help="Bits of embedding and head, rounded at load: 8 or 6.")]
 Draft = Annotated[str | None, typer.Option("--draft", help="A smaller model of the family: same text, sooner.")]
 Rounded = Annotated[str | None, typer.Option("--round", help="Round at load, for speed only: int4, '4:16 int4', …")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def _runner(
-    model: str, threads: int | None, context: int | None, bits: int, rounded: str | None = None, slots: int = 1
+    model: str, threads: int | None, context: int | None, bits: int, rounded: str | None, outer: int, slots: int = 1
 ) -> Any:
-    from .bench import rounding
-    from .generate import Runner
+    from .start import open_runner
 
-    if bits not in (8, 16):
-        raise LissomError(f"--cache-bits is 8 or 16, not {bits}")
-    compress = rounding(rounded) if rounded else None
-    return Runner(model, threads=threads, context=context, cache_bits=bits, compress=compress, slots=slots)
+    return open_runner(model, rounded, outer, threads=threads, context=context, cache_bits=bits, slots=slots)
 
 
 def generate(
@@ -60,15 +55,16 @@ def generate(
     context: Context = None,
     cache_bits: CacheBits = 16,
     rounded: Rounded = None,
+    outer_bits: OuterBits = 8,
     as_json: Json = False,
 ) -> None:
     """Continue a text."""
-    from .generate import Generation, Runner
+    from .generation import Generation
     from .sampling import Sampling
 
     how = Sampling(max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, tuple(stop or ()), seed)
-    runner = _runner(model, threads, context, cache_bits, rounded)
-    helper = Runner(draft, threads=threads, context=context) if draft else None
+    runner = _runner(model, threads, context, cache_bits, rounded, outer_bits)
+    helper = _runner(draft, threads, context, cache_bits, None, outer_bits) if draft else None
     result = Generation()
     ids = runner.encode(sys.stdin.read() if prompt == "-" else prompt)
     for piece in runner.pieces(ids, how, result, helper):
@@ -94,12 +90,13 @@ def chat(
     context: Context = None,
     cache_bits: CacheBits = 16,
     rounded: Rounded = None,
+    outer_bits: OuterBits = 8,
 ) -> None:
     """Talk to a model with its own chat template. Ends with Ctrl-D."""
-    from .generate import Generation
+    from .generation import Generation
     from .sampling import Sampling
 
-    runner = _runner(model, threads, context, cache_bits, rounded)
+    runner = _runner(model, threads, context, cache_bits, rounded, outer_bits)
     messages = [{"role": "system", "content": system}] if system else []
     while True:
         try:
@@ -125,6 +122,8 @@ def bench(
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1)] = 64,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Interleaved runs; medians are shown.")] = 5,
     rounded: Rounded = None,
+    outer_bits: OuterBits = 8,
+    cache_bits: CacheBits = 16,
     against: Annotated[
         str | None, typer.Option("--against", help="'llama.cpp': the same model in the same run.")
     ] = None,
@@ -149,6 +148,8 @@ def bench(
         llama_model,
         llama_quantization,
         rounded,
+        outer_bits,
+        cache_bits,
     )
     if as_json:
         typer.echo(json.dumps(result))
@@ -181,6 +182,7 @@ def serve(
     context: Context = None,
     cache_bits: CacheBits = 16,
     rounded: Rounded = None,
+    outer_bits: OuterBits = 8,
 ) -> None:
     """Serve OpenAI's HTTP interface. API keys: the variable LISSOM_API_KEYS, separated by commas."""
     from .serve import ServerSettings
@@ -188,7 +190,7 @@ def serve(
 
     keys = tuple(k.strip() for k in os.environ.get("LISSOM_API_KEYS", "").split(",") if k.strip())
     settings = ServerSettings(name=name or model, keys=keys, max_tokens=max_tokens, waiting=waiting, timeout=timeout)
-    runner = _runner(model, threads, context or 1024 * slots, cache_bits, rounded, slots)
+    runner = _runner(model, threads, context or 1024 * slots, cache_bits, rounded, outer_bits, slots)
     typer.echo(f"{settings.name} on http://{host}:{port}  ({'API keys needed' if keys else 'open to all'})", err=True)
     run(runner, host, port, settings)
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
-from ..core import LissomError
-from ..kernels import extension
+from ..core.errors import LissomError
+from ..kernels.native import extension
 
 
 class RequestError(LissomError):

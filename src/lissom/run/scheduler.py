@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..core import LissomError
-from ..kernels import extension
+from ..core.errors import LissomError
+from ..kernels.native import extension
 from .engine import BLOCK
-from .generate import Generation, Runner
+from .generation import Generation, Runner
 from .sampling import Sampling
 from .text import TextStream
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core import LissomError
+from ..core.errors import LissomError
 from .engine import ContextError
-from .generate import Generation, Runner
+from .generation import Generation, Runner
 from .sampling import RequestError
 from .scheduler import BusyError, Job, Scheduler
 

@@ -4,7 +4,10 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
 
+#include <atomic>
+#include <chrono>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -60,6 +63,23 @@ NB_MODULE(_C, m) {
             },
             nb::arg("kind"), nb::arg("values"), nb::arg("scale"), nb::arg("zero"), nb::arg("mask").none(), nb::arg("width"), nb::arg("G"), nb::arg("N"),
             nb::arg("spill"))
+        // Over bytes that stay where they are (`data` is kept alive), as `parts` described them.
+        .def_static(
+            "borrow",
+            [](int kind, int rows, int columns, int G, int N, int zeros, int zero, int spill, In<uint8_t, 1> data) {
+                return borrow((Kind)kind, rows, columns, G, N, zeros != 0, zero, spill != 0, data.data(), data.shape(0));
+            },
+            nb::arg("kind"), nb::arg("rows"), nb::arg("columns"), nb::arg("G"), nb::arg("N"), nb::arg("zeros"), nb::arg("zero"), nb::arg("spill"),
+            nb::arg("data"), nb::keep_alive<0, 9>())
+        .def_prop_ro("parts",
+                     [](const Matrix &x) {
+                         const View &v = x.view;
+                         return std::vector<int>{v.kind, v.rows, v.columns, v.G, v.N, v.zeros, v.zero, v.spill};
+                     })
+        // The packed bytes, with the slack that `borrow` needs; valid as long as the matrix.
+        .def_prop_ro(
+            "data", [](const Matrix &x) { return nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>>(x.view.data, {x.bytes + SLACK}); },
+            nb::rv_policy::reference_internal)
         .def_prop_ro("kind", [](const Matrix &x) { return (int)x.view.kind; })
         .def_prop_ro("rows", [](const Matrix &x) { return x.view.rows; })
         .def_prop_ro("columns", [](const Matrix &x) { return x.view.columns; })
@@ -93,6 +113,15 @@ NB_MODULE(_C, m) {
                             throw nb::value_error("alpha must be (bits, rows, groups), offset (rows, groups)");
                         return pack_bcq((int)rows, (int)columns, width, (int)bits, signs.data(), alpha.data(), offset.data(), G);
                     })
+        .def_static("borrow",
+                    [](int rows, int columns, int G, int bits, In<uint8_t, 1> data) {
+                        return borrow_bcq(rows, columns, G, bits, data.data(), data.shape(0));
+                    },
+                    nb::arg("rows"), nb::arg("columns"), nb::arg("G"), nb::arg("bits"), nb::arg("data"), nb::keep_alive<0, 5>())
+        .def_prop_ro("parts", [](const Bcq &x) { return std::vector<int>{x.rows, x.columns, x.G, x.bits}; })
+        .def_prop_ro(
+            "data", [](const Bcq &x) { return nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>>(x.data, {x.strips * x.strip_bytes() + SLACK}); },
+            nb::rv_policy::reference_internal)
         .def_prop_ro("bytes", [](const Bcq &x) { return x.strips * x.strip_bytes(); })
         .def(
             "linear",
@@ -105,5 +134,34 @@ NB_MODULE(_C, m) {
                 linear_bcq(ops, shared_pool(threads), w, x.data(), (int)x.shape(0), y.data());
             },
             nb::arg("x"), nb::arg("y"), nb::arg("threads") = 1, nb::arg("isa") = "");
+    // Bytes per second of `threads` threads that read `bytes` of memory, the best of `repeats`: what weights cannot beat.
+    m.def(
+        "read_bandwidth",
+        [](int threads, size_t bytes, int repeats) {
+            nb::gil_scoped_release release;
+            std::lock_guard<std::mutex> guard(pool_lock);
+            Pool &pool = shared_pool(threads);
+            std::vector<uint64_t> data(bytes / 8, 1);
+            std::atomic<uint64_t> keep{0};
+            double best = 0;
+            for (int i = 0; i < repeats; i++) {
+                const auto start = std::chrono::steady_clock::now();
+                pool.run([&](int thread) {
+                    const size_t part = data.size() / pool.threads() / 32 * 32;
+                    const uint64_t *p = data.data() + part * thread;
+                    uint64_t sum[32] = {};
+                    for (size_t at = 0; at < part; at += 32) {
+                        __builtin_prefetch(p + at + 512), __builtin_prefetch(p + at + 520);
+                        __builtin_prefetch(p + at + 528), __builtin_prefetch(p + at + 536);
+                        for (int j = 0; j < 32; j++) sum[j] += p[at + j];
+                    }
+                    for (int j = 0; j < 32; j++) keep += sum[j];
+                });
+                const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+                best = std::max(best, (double)bytes / took.count());
+            }
+            return keep ? best : 0.0;
+        },
+        nb::arg("threads"), nb::arg("bytes") = (size_t)256 << 20, nb::arg("repeats") = 5);
     bind_engine(m);
 }

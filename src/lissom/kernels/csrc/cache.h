@@ -1,10 +1,15 @@
 // The key/value cache: blocks of 32 positions, handed to sequences ("slots") as they grow.
 //
 // Keys lie transposed, (head_dim, 32) for each block and head, so that one product gives 32 scores without
-// sums across lanes; values lie (32, head_dim). Elements are half precision, or int8 with one scale for each
-// position and head.
+// sums across lanes; values lie (32, head_dim). Elements are half precision; or int8 with one scale for each
+// position and head; or int4 with one half-precision scale for each position and 32 elements of a head (codes of
+// -8 ... 7, the element of largest size at -8, as in llama.cpp's Q4_0). Two int4 codes of one byte always belong to the same
+// position, so that threads that write different positions never share a byte.
 #pragma once
+#include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <new>
 #include <stdexcept>
 #include <vector>
 
@@ -20,11 +25,14 @@ class Cache {
   public:
     void configure(int layers, int kv_heads, int head_dim, int blocks, int slots, int bits) {
         heads_ = kv_heads, dim_ = head_dim, wide_ = (head_dim + 31) / 32 * 32, blocks_ = blocks, bits_ = bits;
-        const size_t element = bits == 8 ? 1 : 2;
-        key_bytes_ = (size_t)dim_ * POSITIONS * element, value_bytes_ = (size_t)wide_ * POSITIONS * element;
-        scale_bytes_ = bits == 8 ? 2 * POSITIONS * sizeof(float) : 0;
+        groups_ = wide_ / 32;
+        key_bytes_ = (size_t)(bits == 4 ? wide_ : dim_) * POSITIONS * bits / 8, value_bytes_ = (size_t)wide_ * POSITIONS * bits / 8;
+        scale_bytes_ = bits == 8 ? 2 * POSITIONS * sizeof(float) : bits == 4 ? 2 * POSITIONS * groups_ * sizeof(uint16_t) : 0;
         unit_ = key_bytes_ + value_bytes_ + scale_bytes_;
-        data_.assign(unit_ * heads_ * blocks * layers + 64, 0); // unwritten positions must be finite
+        // unwritten positions must be finite; zero pages of the system take neither time nor memory before they are used
+        bytes_ = unit_ * heads_ * blocks * layers + 64;
+        data_.reset((uint8_t *)std::calloc(bytes_, 1));
+        if (!data_) throw std::bad_alloc();
         table_.assign(slots, {});
         for (int b = blocks - 1; b >= 0; b--) free_.push_back(b);
     }
@@ -32,7 +40,7 @@ class Cache {
     int bits() const { return bits_; }
     int wide() const { return wide_; }
     int free_blocks() const { return (int)free_.size(); }
-    size_t bytes() const { return data_.size(); }
+    size_t bytes() const { return bytes_; }
 
     // makes room for `position` in `slot`
     void reserve(int slot, int position) {
@@ -49,7 +57,15 @@ class Cache {
     }
 
     uint8_t *keys(int layer, int slot, int block, int head) { return at(layer, table_[slot][block], head); }
+    // asks for a block before it is needed: the weights of a step have pushed it out to memory
+    void prefetch(int layer, int slot, int block, int head) {
+        const uint8_t *p = keys(layer, slot, block, head);
+        for (size_t i = 0; i < unit_; i += 64) __builtin_prefetch(p + i);
+    }
     uint8_t *values(int layer, int slot, int block, int head) { return keys(layer, slot, block, head) + key_bytes_; }
+    // int4: half-precision scales (groups, 32) of keys, then of values
+    uint16_t *halves(int layer, int slot, int block, int head) { return (uint16_t *)(values(layer, slot, block, head) + value_bytes_); }
+    int groups() const { return groups_; }
     // scales of 32 keys, then of 32 values (int8 only)
     float *scales(int layer, int slot, int block, int head) { return (float *)(values(layer, slot, block, head) + value_bytes_); }
 
@@ -59,6 +75,17 @@ class Cache {
         if (bits_ == 16) {
             for (int d = 0; d < dim_; d++) ((uint16_t *)k)[d * POSITIONS + j] = float_to_half(key[d]);
             for (int d = 0; d < dim_; d++) ((uint16_t *)v)[j * wide_ + d] = float_to_half(value[d]);
+            return;
+        }
+        if (bits_ == 4) {
+            uint16_t *scale = halves(layer, slot, block, head) + j;
+            for (int g = 0; g < groups_; g++) {
+                const int n = dim_ - 32 * g < 32 ? dim_ - 32 * g : 32;
+                // keys: byte (d / 2, j) holds d and d + 1; values: byte (j, g, d % 16) holds d and d + 16
+                scale[g * POSITIONS] = round4(key + 32 * g, n, [&](int d) { return k + (16 * g + d / 2) * POSITIONS + j; }, 1);
+                scale[(groups_ + g) * POSITIONS] =
+                    round4(value + 32 * g, n, [&](int d) { return v + j * (wide_ / 2) + 16 * g + d % 16; }, 16);
+            }
             return;
         }
         float *scale = scales(layer, slot, block, head);
@@ -74,11 +101,29 @@ class Cache {
         for (int d = 0; d < dim_; d++) out[d * step] = (int8_t)__builtin_lrintf(x[d] * inverse);
         return top / 127.0f;
     }
-    uint8_t *at(int layer, int block, int head) { return data_.data() + unit_ * (((size_t)layer * blocks_ + block) * heads_ + head); }
+    // Codes of x (n <= 32) to the bytes at(d); elements whose index has the bit `high` set go to the upper four bits.
+    template <class At> uint16_t round4(const float *x, int n, At at, int high) const {
+        float top = 0;
+        for (int d = 0; d < n; d++)
+            if (__builtin_fabsf(x[d]) > __builtin_fabsf(top)) top = x[d];
+        const uint16_t half = float_to_half(top / -8);
+        const float scale = half_to_float(half), inverse = scale != 0 ? 1 / scale : 0.0f;
+        for (int d = 0; d < 32; d++) {
+            const int code = 8 + (d < n ? (int)__builtin_lrintf(__builtin_fminf(__builtin_fmaxf(x[d] * inverse, -8.0f), 7.0f)) : 0);
+            uint8_t *byte = at(d);
+            *byte = (uint8_t)(d & high ? (*byte & 15) | code << 4 : (*byte & 0xf0) | code);
+        }
+        return half;
+    }
+    uint8_t *at(int layer, int block, int head) { return data_.get() + unit_ * (((size_t)layer * blocks_ + block) * heads_ + head); }
 
-    int heads_ = 0, dim_ = 0, wide_ = 0, blocks_ = 0, bits_ = 16;
+    int heads_ = 0, dim_ = 0, wide_ = 0, groups_ = 0, blocks_ = 0, bits_ = 16;
     size_t key_bytes_ = 0, value_bytes_ = 0, scale_bytes_ = 0, unit_ = 0;
-    std::vector<uint8_t> data_;
+    struct Free {
+        void operator()(uint8_t *p) const { std::free(p); }
+    };
+    size_t bytes_ = 0;
+    std::unique_ptr<uint8_t, Free> data_;
     std::vector<std::vector<int>> table_;
     std::vector<int> free_;
 };

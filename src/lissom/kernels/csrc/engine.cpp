@@ -14,39 +14,53 @@ Engine::Engine(const Spec &spec, int threads, const Ops *ops) : spec_(spec), poo
     scratch_.resize(threads), strip_.resize(threads), strip2_.resize(threads);
 }
 
-void Engine::Input::prepare(const Matrix *const *matrices, int n, int tokens, int columns) {
+int Engine::Input::at(int G) const {
+    int j = 0;
+    while (j + 1 < count && by[j].G != G) j++;
+    return j;
+}
+
+void Engine::Input::prepare(const std::vector<Layer> &layers, int tokens, int columns) {
     count = 0;
-    for (int i = 0; i < n; i++) {
-        bool known = false;
-        for (int j = 0; j < count; j++) known |= by[j].G == matrices[i]->view.G;
-        if (!known) by[count++].reserve(tokens, columns, matrices[i]->view.G);
+    for (bool &t : tables) t = false;
+    for (const Layer &layer : layers) {
+        const int G = layer.G();
+        if (!count || by[at(G)].G != G) by[count++].reserve(tokens, columns, G);
+        tables[at(G)] |= layer.binary != nullptr;
     }
+    for (int j = 0; j < count; j++)
+        if (tables[j]) sums[j].resize((size_t)tokens * columns * 8);
 }
 
 void Engine::Input::set(const Ops *ops, int token, const float *x) {
-    for (int j = 0; j < count; j++) by[j].set(ops, token, x);
+    for (int j = 0; j < count; j++) {
+        by[j].set(ops, token, x);
+        if (tables[j]) sign_sums(by[j].q.data() + (size_t)token * by[j].columns, by[j].columns, sums[j].data() + (size_t)token * by[j].columns * 8);
+    }
 }
 
-Acts Engine::Input::acts(const Matrix *m) const {
-    for (int j = 0; j < count; j++)
-        if (by[j].G == m->view.G) return by[j].acts();
-    return by[0].acts();
+void Engine::Input::strip(const Ops *ops, const Layer &layer, int s, int tokens, float *out) const {
+    const int j = at(layer.G());
+    const Acts acts = by[j].acts();
+    if (layer.matrix) return ops->strip(layer.matrix->view, s, acts, 0, tokens, out);
+    const Bcq &m = *layer.binary; // columns are whole tiles there, so rows of codes have no padding
+    for (int t = 0; t < tokens; t++)
+        ops->bcq(m.data + s * m.strip_bytes(), m.tiles, m.G, m.bits, sums[j].data() + (size_t)t * m.columns * 8, acts, t, out + t * ROWS);
 }
 
-// sink(matrix index, first row, rows, out (tokens, 16)) for every strip of the matrices
+// sink(layer index, first row, rows, out (tokens, 16)) for every strip of the layers
 template <class Sink>
-void Engine::multiply(Ticket &ticket, const Matrix *const *matrices, int count, const Input &in, int tokens, int thread, Sink sink) {
+void Engine::multiply(Ticket &ticket, const Layer *layers, int count, const Input &in, int tokens, int thread, Sink sink) {
     int total = 0;
-    for (int i = 0; i < count; i++) total += matrices[i]->view.strips;
+    for (int i = 0; i < count; i++) total += layers[i].strips();
     const int step = std::max(1, total / (pool_.threads() * 6));
     float *out = strip_[thread].data();
     for (int from, to; ticket.take(total, step, from, to);)
         for (int s = from; s < to; s++) {
             int i = 0, strip = s;
-            while (strip >= matrices[i]->view.strips) strip -= matrices[i++]->view.strips;
-            const View &v = matrices[i]->view;
-            ops_->strip(v, strip, in.acts(matrices[i]), 0, tokens, out);
-            sink(i, strip * ROWS, std::min(ROWS, v.rows - strip * ROWS), out);
+            while (strip >= layers[i].strips()) strip -= layers[i++].strips();
+            in.strip(ops_, layers[i], strip, tokens, out);
+            sink(i, strip * ROWS, std::min(ROWS, layers[i].rows() - strip * ROWS), out);
         }
 }
 
@@ -126,7 +140,7 @@ void Engine::run(int thread, float *logits) {
         pool_.barrier();
         float *up = strip2_[thread].data();
         multiply(ticket[3], &w.gate, 1, in_, n_, thread, [&](int, int r, int rows, float *gate) {
-            ops_->strip(w.up->view, r / ROWS, in_.acts(w.up), 0, n_, up);
+            in_.strip(ops_, w.up, r / ROWS, n_, up);
             ops_->silu_mul(gate, up, n_ * ROWS);
             for (int t = 0; t < n_; t++) std::memcpy(&inner_[(size_t)t * m.inner + r], gate + t * ROWS, rows * sizeof(float));
         });
@@ -143,7 +157,8 @@ void Engine::run(int thread, float *logits) {
         head_in_.set(ops_, i, tmp);
     }
     pool_.barrier();
-    multiply(*ticket, &head, 1, head_in_, wanted, thread, [&](int, int r, int rows, const float *out) {
+    const Layer last{head};
+    multiply(*ticket, &last, 1, head_in_, wanted, thread, [&](int, int r, int rows, const float *out) {
         for (int i = 0; i < wanted; i++) std::memcpy(logits + (size_t)i * m.vocabulary + r, out + i * ROWS, rows * sizeof(float));
     });
 }
@@ -165,13 +180,13 @@ void Engine::step(const int *tokens, const int *slots, const int *positions, con
     for (int i = 0; i < pool_.threads(); i++)
         grow(strip_[i], (size_t)n * ROWS), grow(strip2_[i], (size_t)n * ROWS), grow(scratch_[i], (size_t)std::max(m.width, m.heads * m.head_dim));
     // one table for all layers: every tile width that occurs gets its own copy of the activations
-    std::vector<const Matrix *> in, o, down;
+    std::vector<Layer> in, o, down;
     for (const Block &b : blocks) {
         in.insert(in.end(), {b.qkv[0], b.qkv[1], b.qkv[2], b.gate, b.up});
         o.push_back(b.o), down.push_back(b.down);
     }
-    in_.prepare(in.data(), (int)in.size(), n, m.width), o_in_.prepare(o.data(), (int)o.size(), n, m.heads * m.head_dim);
-    down_in_.prepare(down.data(), (int)down.size(), n, m.inner), head_in_.prepare(&head, 1, (int)wanted_.size(), m.width);
+    in_.prepare(in, n, m.width), o_in_.prepare(o, n, m.heads * m.head_dim), down_in_.prepare(down, n, m.inner);
+    head_in_.prepare({Layer{head}}, (int)wanted_.size(), m.width);
     for (int i = 0; i < 5 * m.layers + 1; i++) tickets_[i].next.store(0, std::memory_order_relaxed);
     pool_.run([&](int thread) { run(thread, logits); });
 }

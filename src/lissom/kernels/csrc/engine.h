@@ -22,7 +22,7 @@ struct Block {
     std::vector<float> norm1, norm2, q_norm, k_norm; // q_norm, k_norm: (head_dim) or empty
     std::vector<float> bias;                         // of q, k, v rows, or empty
     std::vector<float> o_bias;
-    const Matrix *qkv[3] = {}, *o = nullptr, *gate = nullptr, *up = nullptr, *down = nullptr;
+    Layer qkv[3], o, gate, up, down;
 };
 
 class Engine {
@@ -41,16 +41,19 @@ class Engine {
     Cache cache;
 
   private:
-    // Activations of a product, quantized once for each tile width that its matrices use.
+    // Activations of a product, quantized once for each tile width that its layers use.
     struct Input {
         Quantized by[3];
-        const Matrix *of[3] = {};
+        bool tables[3] = {};            // whether binary-coded layers of this width occur
+        std::vector<int8_t> sums[3];    // their sign_sums, for each token
         int count = 0;
-        void prepare(const Matrix *const *matrices, int n, int tokens, int columns);
+        void prepare(const std::vector<Layer> &layers, int tokens, int columns);
         void set(const Ops *ops, int token, const float *x);
-        Acts acts(const Matrix *m) const;
+        int at(int G) const;
+        // out (tokens, 16) = strip `s` of the layer times all tokens
+        void strip(const Ops *ops, const Layer &layer, int s, int tokens, float *out) const;
     };
-    template <class Sink> void multiply(Ticket &ticket, const Matrix *const *matrices, int count, const Input &in, int tokens, int thread, Sink sink);
+    template <class Sink> void multiply(Ticket &ticket, const Layer *layers, int count, const Input &in, int tokens, int thread, Sink sink);
     void rotate(float *x, int token, const std::vector<float> &gain);
     void heads_of(int layer, int token, int head);
     void attend(int layer, int thread);

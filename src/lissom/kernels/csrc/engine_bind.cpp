@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -16,10 +17,15 @@ namespace {
 template <class T, int D> using In = nb::ndarray<const T, nb::ndim<D>, nb::c_contig, nb::device::cpu>;
 template <class T, int D> using Out = nb::ndarray<T, nb::ndim<D>, nb::c_contig, nb::device::cpu>;
 
-const Matrix *shaped(const Matrix *m, int rows, int columns, const char *name) {
-    if (!m || m->view.rows != rows || m->view.columns != columns)
+using Weights = std::variant<const Matrix *, const Bcq *>;
+
+Layer shaped(const Weights &w, int rows, int columns, const char *name) {
+    Layer layer;
+    if (const auto *m = std::get_if<const Matrix *>(&w)) layer.matrix = *m;
+    if (const auto *m = std::get_if<const Bcq *>(&w)) layer.binary = *m;
+    if ((!layer.matrix && !layer.binary) || layer.rows() != rows || layer.columns() != columns)
         throw nb::value_error((std::string(name) + " must be (" + std::to_string(rows) + ", " + std::to_string(columns) + ")").c_str());
-    return m;
+    return layer;
 }
 
 std::vector<float> sized(std::vector<float> v, size_t size, const char *name) {
@@ -67,18 +73,17 @@ void bind_engine(nb::module_ &m) {
     nb::class_<Engine>(m, "Engine")
         .def("__init__", [](Engine *self, const Spec &s, int threads) {
             if (s.layers < 1 || s.heads < 1 || s.kv_heads < 1 || s.heads % s.kv_heads || s.rotary % 2 || s.rotary > s.head_dim ||
-                (s.cache_bits != 8 && s.cache_bits != 16) || threads < 1 || s.blocks < 1 || s.slots < 1)
+                (s.cache_bits != 4 && s.cache_bits != 8 && s.cache_bits != 16) || threads < 1 || s.blocks < 1 || s.slots < 1)
                 throw nb::value_error("inconsistent engine specification");
             new (self) Engine(s, threads, best_ops());
         })
         .def("set_outer", [](Engine &e, const Matrix *embedding, const Matrix *head, std::vector<float> norm, std::vector<float> frequency) {
             const Spec &s = e.spec();
-            e.embedding = shaped(embedding, s.vocabulary, s.width, "embedding"), e.head = shaped(head, s.vocabulary, s.width, "head");
+            e.embedding = shaped(embedding, s.vocabulary, s.width, "embedding").matrix, e.head = shaped(head, s.vocabulary, s.width, "head").matrix;
             e.norm = sized(norm, s.width, "norm"), e.frequency = sized(frequency, s.rotary / 2, "frequency");
         })
         .def("set_block",
-             [](Engine &e, int i, const Matrix *q, const Matrix *k, const Matrix *v, const Matrix *o, const Matrix *gate,
-                const Matrix *up, const Matrix *down, std::vector<float> norm1, std::vector<float> norm2,
+             [](Engine &e, int i, Weights q, Weights k, Weights v, Weights o, Weights gate, Weights up, Weights down, std::vector<float> norm1, std::vector<float> norm2,
                 std::vector<float> q_norm, std::vector<float> k_norm, std::vector<float> bias, std::vector<float> o_bias) {
                  const Spec &s = e.spec();
                  const int queries = s.heads * s.head_dim, keys = s.kv_heads * s.head_dim;
@@ -122,6 +127,26 @@ void bind_engine(nb::module_ &m) {
         .def("release", [](Engine &e, int slot) { e.cache.release(slot); })
         .def_prop_ro("free_blocks", [](const Engine &e) { return e.cache.free_blocks(); })
         .def_prop_ro("cache_bytes", [](const Engine &e) { return e.cache.bytes(); });
+    // Attention of the last `tokens` positions alone: q (tokens, heads, dim), k and v (positions, kv heads, dim) of positions
+    // 0 ... in a cache of `bits`; out (tokens, heads * dim).
+    m.def("attention", [](In<float, 3> q, In<float, 3> k, In<float, 3> v, int bits, int window, float scale, Out<float, 2> out) {
+        const int n = (int)q.shape(0), heads = (int)q.shape(1), dim = (int)q.shape(2), all = (int)k.shape(0), kv = (int)k.shape(1);
+        if ((int)k.shape(2) != dim || v.shape(0) != k.shape(0) || v.shape(1) != k.shape(1) || v.shape(2) != k.shape(2) || n < 1 || n > all ||
+            heads % kv || (int)out.shape(0) != n || (int)out.shape(1) != heads * dim || (bits != 4 && bits != 8 && bits != 16))
+            throw nb::value_error("shapes do not fit");
+        Cache cache;
+        cache.configure(1, kv, dim, all / POSITIONS + 1, 1, bits);
+        cache.reserve(0, all - 1);
+        for (int p = 0; p < all; p++)
+            for (int h = 0; h < kv; h++) cache.put(0, 0, p, h, k.data() + ((size_t)p * kv + h) * dim, v.data() + ((size_t)p * kv + h) * dim);
+        Attention attention;
+        attention.configure(heads, kv, dim, scale, window);
+        std::vector<int> slots(n, 0), positions(n);
+        for (int t = 0; t < n; t++) positions[t] = all - n + t;
+        attention.plan(slots.data(), positions.data(), n, cache);
+        for (int i = 0; i < attention.tasks(); i++) attention.run(best_ops(), cache, 0, i, q.data(), heads * dim);
+        for (int t = 0; t < n; t++) attention.merge(t, out.data() + (size_t)t * heads * dim);
+    });
     nb::class_<Sampling>(m, "Sampling")
         .def("__init__", [](Sampling *self, float temperature, int top_k, float top_p, float min_p, float repetition_penalty) {
             new (self) Sampling{temperature, top_p, min_p, repetition_penalty, top_k};

@@ -44,8 +44,9 @@ std::unique_ptr<Bcq> pack_bcq(int rows, int columns, int width, int bits, const 
     auto m = std::make_unique<Bcq>();
     m->rows = rows, m->columns = columns, m->G = G, m->bits = bits;
     m->strips = (rows + ROWS - 1) / ROWS, m->tiles = columns / G;
-    m->data.assign((size_t)m->strips * m->strip_bytes() + 64, 0);
-    uint8_t *p = m->data.data();
+    m->own.assign((size_t)m->strips * m->strip_bytes() + SLACK, 0);
+    m->data = m->own.data();
+    uint8_t *p = m->own.data();
     for (int s = 0; s < m->strips; s++)
         for (int t = 0; t < m->tiles; t++) {
             const int group = t * G / width;
@@ -67,24 +68,38 @@ std::unique_ptr<Bcq> pack_bcq(int rows, int columns, int width, int bits, const 
     return m;
 }
 
+std::unique_ptr<Bcq> borrow_bcq(int rows, int columns, int G, int bits, const uint8_t *data, size_t size) {
+    if (rows < 1 || columns < 1 || bits < 1 || bits > 8 || (G != 32 && G != 64 && G != 128) || columns % G)
+        throw std::invalid_argument("no such binary-coded matrix");
+    auto m = std::make_unique<Bcq>();
+    m->rows = rows, m->columns = columns, m->G = G, m->bits = bits;
+    m->strips = (rows + ROWS - 1) / ROWS, m->tiles = columns / G, m->data = data;
+    if ((size_t)m->strips * m->strip_bytes() + SLACK > size) throw std::invalid_argument("the data of a matrix is cut short");
+    return m;
+}
+
+void sign_sums(const int8_t *q, int columns, int8_t *table) {
+    for (int quad = 0; quad < columns / 4; quad++, q += 4) {
+        int sum[16];
+        sum[0] = -q[0] - q[1] - q[2] - q[3];
+        int8_t *entry = table + (size_t)quad / 2 * 64 + quad % 2 * 16;
+        for (int i = 0; i < 16; i++) {
+            if (i) sum[i] = sum[i & (i - 1)] + 2 * q[__builtin_ctz(i)];
+            entry[i] = (int8_t)(sum[i] & 255), entry[32 + i] = (int8_t)(sum[i] >> 8);
+        }
+    }
+}
+
 void linear_bcq(const Ops *ops, Pool &pool, const Bcq &m, const float *x, int tokens, float *y) {
     Quantized a;
     a.reserve(tokens, m.columns, m.G);
-    // per pair of quads 64 bytes: low bytes of the 16 signed sums of both quads, then their high bytes
     const size_t table_bytes = (size_t)m.columns * 8;
     std::vector<int8_t> table((size_t)tokens * table_bytes);
     Ticket work;
     pool.run([&](int thread) {
         for (int t = thread; t < tokens; t += pool.threads()) {
             a.set(ops, t, x + (size_t)t * m.columns);
-            const int8_t *q = a.q.data() + (size_t)t * m.columns;
-            for (int quad = 0; quad < m.columns / 4; quad++)
-                for (int i = 0; i < 16; i++) {
-                    int sum = 0;
-                    for (int j = 0; j < 4; j++) sum += i >> j & 1 ? q[4 * quad + j] : -q[4 * quad + j];
-                    int8_t *entry = table.data() + t * table_bytes + (size_t)quad / 2 * 64 + quad % 2 * 16 + i;
-                    entry[0] = (int8_t)(sum & 255), entry[32] = (int8_t)(sum >> 8);
-                }
+            sign_sums(a.q.data() + (size_t)t * m.columns, m.columns, table.data() + t * table_bytes);
         }
         pool.barrier();
         const Acts acts = a.acts();
@@ -92,7 +107,7 @@ void linear_bcq(const Ops *ops, Pool &pool, const Bcq &m, const float *x, int to
         for (int from, to; work.take(m.strips, 2, from, to);)
             for (int s = from; s < to; s++)
                 for (int t = 0; t < tokens; t++) {
-                    ops->bcq(m.data.data() + s * m.strip_bytes(), m.tiles, m.G, m.bits, table.data() + t * table_bytes, acts, t, out);
+                    ops->bcq(m.data + s * m.strip_bytes(), m.tiles, m.G, m.bits, table.data() + t * table_bytes, acts, t, out);
                     const int n = m.rows - s * ROWS < ROWS ? m.rows - s * ROWS : ROWS;
                     std::memcpy(y + (size_t)t * m.rows + s * ROWS, out, n * sizeof(float));
                 }

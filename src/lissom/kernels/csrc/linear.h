@@ -33,12 +33,28 @@ void linear(const Ops *ops, Pool &pool, const View &v, const float *x, int token
 //   byte r (+16 for odd quads) holds quads 0/1 in its low and quads 2/3 in its high nibble; a set bit is +1.
 struct Bcq {
     int rows = 0, columns = 0, G = 0, bits = 0, strips = 0, tiles = 0;
-    std::vector<uint8_t> data;
+    const uint8_t *data = nullptr;
+    std::vector<uint8_t> own; // what `data` points to, unless the bytes belong to somebody else
     size_t strip_bytes() const { return (size_t)tiles * (32 * (bits + 1) + (size_t)bits * G * ROWS / 8); }
 };
+// The weights of one linear layer: packed codes or binary-coded weights.
+struct Layer {
+    const Matrix *matrix = nullptr;
+    const Bcq *binary = nullptr;
+    int rows() const { return binary ? binary->rows : matrix->view.rows; }
+    int columns() const { return binary ? binary->columns : matrix->view.columns; }
+    int strips() const { return binary ? binary->strips : matrix->view.strips; }
+    int G() const { return binary ? binary->G : matrix->view.G; }
+};
+
+// Sums of all 16 sign patterns of each four activations. Of each pair of quads 64 bytes: the low bytes of the sums of both, then
+// their high bytes; so 8 bytes for each column.
+void sign_sums(const int8_t *q, int columns, int8_t *table);
+
 // signs (bits, rows, columns) u8 0/1; alpha (bits, rows, groups); offset (rows, groups)
 std::unique_ptr<Bcq> pack_bcq(int rows, int columns, int width, int bits, const uint8_t *signs, const float *alpha,
                               const float *offset, int G);
+std::unique_ptr<Bcq> borrow_bcq(int rows, int columns, int G, int bits, const uint8_t *data, size_t size);
 void linear_bcq(const Ops *ops, Pool &pool, const Bcq &m, const float *x, int tokens, float *y);
 
 } // namespace lissom

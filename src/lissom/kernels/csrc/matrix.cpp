@@ -30,6 +30,14 @@ void put_dense(Kind kind, int G, const Raw &raw, uint8_t *out) {
                 case D4:
                     for (int c = 0; c < G; c += 8) out[c / 8 * 64 + byte] = (uint8_t)(at(row, c + j) | at(row, c + 4 + j) << 4);
                     break;
+                case D6:
+                    for (int c = 0; c < G; c++)
+                        if (c % 4 == j) {
+                            uint8_t *block = out + c / 32 * 384;
+                            block[c % 32 / 8 * 64 + byte] |= (uint8_t)((at(row, c) & 15) << (c % 8 / 4 * 4));
+                            block[256 + c % 32 / 16 * 64 + byte] |= (uint8_t)((at(row, c) >> 4) << (c % 16 / 4 * 2));
+                        }
+                    break;
                 case D2:
                     for (int c = 0; c < G; c++)
                         if (c % 4 == j) out[c / 16 * 64 + byte] |= (uint8_t)(at(row, c) << (c % 16 / 4 * 2));
@@ -84,31 +92,78 @@ void put_slots(Kind kind, int N, int G, int base, const Raw &raw, bool may_spill
     }
 }
 
+// The view of a matrix without its data; refuses sizes that no kernel has.
+View shape(Kind kind, int rows, int columns, int G, int N, int zeros, int zero, bool spill) {
+    if (rows < 1 || columns < 1) throw std::invalid_argument("empty matrix");
+    if (G != 32 && G != 64 && G != 128) throw std::invalid_argument("tiles have 32, 64 or 128 columns");
+    if ((kind == NM4 && (N < 2 || N > 16 || N % 2)) || (kind == NM8 && (N < 4 || N > 16 || N % 4)))
+        throw std::invalid_argument("bad number of slots");
+    if (spill && kind != NM4) throw std::invalid_argument("only N:16 int4 has a spill list");
+    View v{};
+    v.kind = kind, v.rows = rows, v.columns = columns, v.G = G;
+    v.N = kind == N24 ? 8 : kind == NM4 || kind == NM8 ? N : 0;
+    v.strips = (rows + ROWS - 1) / ROWS, v.tiles = (columns + G - 1) / G;
+    v.zeros = zeros, v.zero = zero, v.spill = spill;
+    const int payload = payload_bytes(kind, G, v.N);
+    if (!payload) throw std::invalid_argument("no such kind of matrix");
+    v.tile_bytes = 32 + (zeros ? 16 : 0) + payload;
+    return v;
+}
+
 } // namespace
+
+std::unique_ptr<Matrix> borrow(Kind kind, int rows, int columns, int G, int N, int zeros, int zero, bool spill,
+                               const uint8_t *data, size_t size) {
+    auto m = std::make_unique<Matrix>();
+    View &v = m->view;
+    v = shape(kind, rows, columns, G, N, zeros, zero, spill);
+    m->offset.resize((size_t)v.strips + 1);
+    size_t at = 0;
+    const auto need = [&](size_t bytes) {
+        if (at + bytes + SLACK > size) throw std::invalid_argument("the data of a matrix is cut short");
+    };
+    for (int s = 0; s < v.strips; s++) {
+        m->offset[s] = at;
+        if (!spill) {
+            at += (size_t)v.tiles * v.tile_bytes;
+            continue;
+        }
+        for (int t = 0; t < v.tiles; t++) { // where strips end depends on the lists
+            uint16_t count, e;
+            need((size_t)v.tile_bytes + 2);
+            std::memcpy(&count, data + at + v.tile_bytes, 2);
+            at += (size_t)v.tile_bytes + 2;
+            need(2 * (size_t)count);
+            for (int i = 0; i < count; i++, at += 2) {
+                std::memcpy(&e, data + at, 2);
+                if ((e >> 4 & 127) >= G) throw std::invalid_argument("an entry of a spill list is out of range");
+            }
+            m->spilled += count;
+        }
+    }
+    need(0);
+    m->offset[v.strips] = m->bytes = at;
+    v.data = data, v.offset = m->offset.data();
+    return m;
+}
 
 std::unique_ptr<Matrix> pack(Kind kind, int rows, int columns, int width, const uint8_t *values, const float *scale,
                              const float *zero, const uint8_t *mask, int G, int N, bool spill) {
     const bool slots = kind == NM4 || kind == NM8 || kind == N24;
-    if (rows < 1 || columns < 1 || width < 1) throw std::invalid_argument("empty matrix or group");
+    if (width < 1) throw std::invalid_argument("empty group");
     const int groups = (columns + width - 1) / width;
-    if (G != 32 && G != 64 && G != 128) throw std::invalid_argument("tiles have 32, 64 or 128 columns");
     if (groups > 1 && width % G) throw std::invalid_argument("tiles must not cross quantization groups");
-    if ((kind == NM4 && (N < 2 || N > 16 || N % 2)) || (kind == NM8 && (N < 4 || N > 16 || N % 4)))
-        throw std::invalid_argument("bad number of slots");
-    if (spill && kind != NM4) throw std::invalid_argument("only N:16 int4 has a spill list");
-    const int top = kind == D2 ? 3 : kind == D3 ? 7 : kind == D8 || kind == NM8 ? 255 : 15;
+    const int top = kind == D2 ? 3 : kind == D3 ? 7 : kind == D6 ? 63 : kind == D8 || kind == NM8 ? 255 : 15;
 
     auto m = std::make_unique<Matrix>();
-    View &v = m->view;
-    v.kind = kind, v.rows = rows, v.columns = columns, v.G = G, v.N = slots ? (kind == N24 ? 8 : N) : 0;
-    v.strips = (rows + ROWS - 1) / ROWS, v.tiles = (columns + G - 1) / G, v.spill = spill;
-    v.zero = (int)zero[0];
+    int zeros = 0;
     for (size_t i = 0; i < (size_t)rows * groups; i++) {
         if (!(zero[i] >= 0 && zero[i] <= top)) throw std::invalid_argument("zero point out of range");
-        if (zero[i] != zero[0]) v.zeros = 1;
+        if (zero[i] != zero[0]) zeros = 1;
     }
+    View &v = m->view;
+    v = shape(kind, rows, columns, G, N, zeros, (int)zero[0], spill);
     const int header = 32 + (v.zeros ? 16 : 0);
-    v.tile_bytes = header + payload_bytes(kind, G, v.N);
 
     std::vector<std::vector<uint16_t>> spills;
     std::vector<uint8_t> dense((size_t)v.strips * v.tiles * v.tile_bytes, 0);
@@ -150,7 +205,7 @@ std::unique_ptr<Matrix> pack(Kind kind, int rows, int columns, int width, const 
         }
 
     m->bytes = dense.size() + (spill ? 2 * (spills.size() + m->spilled) : 0);
-    const size_t room = (m->bytes + 64 + 63) / 64 * 64; // kernels may read one vector past the end
+    const size_t room = (m->bytes + SLACK + 63) / 64 * 64;
     m->data.reset((uint8_t *)std::aligned_alloc(64, room));
     if (!m->data) throw std::bad_alloc();
     uint8_t *out = m->data.get();
@@ -192,6 +247,14 @@ const uint8_t *decode_tile(const View &v, const uint8_t *tile, int16_t *w, float
             break;
         case D4:
             for (int c = 0; c < G; c++) row[c] = (int16_t)((p[c / 8 * 64 + half + byte4 + c % 4] >> (c % 8 / 4 * 4) & 15) - zero[r]);
+            break;
+        case D6:
+            for (int c = 0; c < G; c++) {
+                const uint8_t *block = p + c / 32 * 384;
+                const int low = block[c % 32 / 8 * 64 + half + byte4 + c % 4] >> (c % 8 / 4 * 4) & 15;
+                const int high = block[256 + c % 32 / 16 * 64 + half + byte4 + c % 4] >> (c % 16 / 4 * 2) & 3;
+                row[c] = (int16_t)((low | high << 4) - zero[r]);
+            }
             break;
         case D2:
             for (int c = 0; c < G; c++) row[c] = (int16_t)((p[c / 16 * 64 + half + byte4 + c % 4] >> (c % 16 / 4 * 2) & 3) - zero[r]);

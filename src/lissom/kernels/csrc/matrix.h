@@ -9,13 +9,15 @@
 
 namespace lissom {
 
+constexpr size_t SLACK = 64; // readable bytes after the data: kernels may read one vector past the end
+
 struct Free {
     void operator()(uint8_t *p) const { std::free(p); }
 };
 
 struct Matrix {
     View view{};
-    std::unique_ptr<uint8_t, Free> data;
+    std::unique_ptr<uint8_t, Free> data; // none when the bytes belong to somebody else
     std::vector<uint64_t> offset;
     size_t bytes = 0;
     size_t spilled = 0; // entries on the spill list
@@ -25,6 +27,11 @@ struct Matrix {
 // shorter; mask (rows, columns) or null, 0 = weight is zero. G divides `width` or there is one group. N counts slots (NM4: even, NM8: a multiple of 4).
 std::unique_ptr<Matrix> pack(Kind kind, int rows, int columns, int width, const uint8_t *values, const float *scale,
                              const float *zero, const uint8_t *mask, int G, int N, bool spill);
+
+// A matrix over packed bytes that stay where they are, as in a mapped file. `size`: readable bytes, SLACK included. Throws
+// when the bytes cannot be such a matrix.
+std::unique_ptr<Matrix> borrow(Kind kind, int rows, int columns, int G, int N, int zeros, int zero, bool spill,
+                               const uint8_t *data, size_t size);
 
 // w (16, G): code - zero of tile `t` of strip `s`, positions that are not stored are 0; scale (16)
 // returns the first byte after the tile

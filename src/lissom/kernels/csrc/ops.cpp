@@ -31,6 +31,21 @@ inline float exp_fast(float x) {
     return x < -87.0f ? 0.0f : p * power;
 }
 
+template <int SPAN> void nibbles_of(const uint8_t *in, int bytes, int8_t *out) {
+    for (int i = 0; i < bytes; i += SPAN, in += SPAN, out += 2 * SPAN) {
+#pragma omp simd
+        for (int j = 0; j < SPAN; j++) out[j] = (int8_t)((in[j] & 15) - 8);
+#pragma omp simd
+        for (int j = 0; j < SPAN; j++) out[SPAN + j] = (int8_t)((in[j] >> 4) - 8);
+    }
+}
+void nibbles(const uint8_t *in, int bytes, int span, int8_t *out) {
+    if (span == 16)
+        nibbles_of<16>(in, bytes, out);
+    else
+        nibbles_of<32>(in, bytes, out);
+}
+
 float exps(float *p, int n, float shift) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -129,7 +144,7 @@ const Ops *LISSOM_OPS() {
 #if defined(LISSOM_WANT_AVX2) && !defined(LISSOM_AVX2)
     return nullptr; // the compiler has no AVX2 for this target
 #else
-    static const Ops table = {LISSOM_OPS_NAME, strip, quantize, block<uint16_t>, block<int8_t>, exps, rmsnorm, silu_mul, bcq_strip};
+    static const Ops table = {LISSOM_OPS_NAME, strip, quantize, block<uint16_t>, block<int8_t>, nibbles, exps, rmsnorm, silu_mul, bcq_strip};
     return &table;
 #endif
 }

@@ -10,6 +10,7 @@
 //   D2   per 16 columns, per half: 32 bytes, byte 4r+j, bits 2k = column 4k+j
 //   D3   per 32 columns: the low two bits as D2 (128 bytes), then per half 32 bytes, bit k of byte
 //        4r+j = high bit of column 4k+j
+//   D6   per 32 columns: the low four bits as D4 (256 bytes), then the high two as D2 (128 bytes)
 //   D8   per 4 columns, per half: 32 bytes, byte 4r+j = code - 128, signed
 //   NM4  N of each 16 columns: per 16 columns, per pair of slots: 32 bytes, byte 2r+s =
 //        position | code << 4. Unused slots hold code = zero, so they add nothing.
@@ -27,7 +28,7 @@
 
 namespace lissom {
 
-enum Kind : int32_t { D2 = 2, D3 = 3, D4 = 4, D8 = 8, NM4 = 104, NM8 = 108, N24 = 124 };
+enum Kind : int32_t { D2 = 2, D3 = 3, D4 = 4, D6 = 6, D8 = 8, NM4 = 104, NM8 = 108, N24 = 124 };
 // Functions here are static: this header is compiled with several instruction sets, and copies must not mix.
 constexpr int ROWS = 16;      // rows of a strip
 constexpr int POSITIONS = 32; // cached positions of a block of the KV cache
@@ -60,6 +61,8 @@ struct Ops { // one table for each instruction set
     // c (r, 32) = [c +] a (r, k) . b (k, 32), b in half precision or int8, leading dimensions in elements
     void (*block16)(int r, int k, const float *a, int64_t lda, const uint16_t *b, int64_t ldb, float *c, int64_t ldc, bool add);
     void (*block8)(int r, int k, const float *a, int64_t lda, const int8_t *b, int64_t ldb, float *c, int64_t ldc, bool add);
+    // 4-bit codes to signed bytes: of every `span` (16 or 32) bytes the low halves - 8, then the high halves - 8
+    void (*nibbles)(const uint8_t *in, int bytes, int span, int8_t *out);
     // p = exp(p - shift), returns the sum
     float (*exps)(float *p, int n, float shift);
     void (*rmsnorm)(const float *x, const float *gain, int n, float eps, float *out);
@@ -77,6 +80,7 @@ static inline int payload_bytes(Kind kind, int G, int N) {
     case D2: return G * ROWS / 4;
     case D3: return G * ROWS * 3 / 8;
     case D4: return G * ROWS / 2;
+    case D6: return G * ROWS * 3 / 4;
     case D8: return G * ROWS;
     case NM4: return G / 16 * N / 2 * 32;
     case NM8: return G / 16 * N / 4 * 96;

@@ -13,8 +13,8 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from ..core import CheckpointError
-from ..kernels import extension
+from ..core.errors import CheckpointError
+from ..kernels.native import extension
 from .engine import ContextError, Engine
 from .sampling import RequestError, Sampling
 from .text import TextStream
@@ -39,8 +39,8 @@ class Runner:
 
     def __init__(self, model: Any, **options: Any):
         self.engine = model if isinstance(model, Engine) else Engine(model, **options)
-        self.tokenizer = self.engine.model.checkpoint.tokenizer()
-        self.ends = end_tokens(self.engine)
+        self.tokenizer = self.engine.parts.tokenizer()
+        self.ends = self.engine.parts.ends()
 
     def encode(self, prompt: str | Sequence[int] | Sequence[dict[str, str]]) -> list[int]:
         """Tokens of a text, of token ids, or of chat messages under the model's own template."""
@@ -182,22 +182,6 @@ class Runner:
     @staticmethod
     def _penalised(how: Sampling, seen: Sequence[int]) -> Sequence[int]:
         return seen if how.repetition_penalty != 1 else ()
-
-
-def end_tokens(engine: Engine) -> frozenset[int]:
-    """The tokens that end a text: of the tokenizer, the config and the generation config."""
-    checkpoint = engine.model.checkpoint
-    found: set[int] = set()
-    path = getattr(checkpoint, "path", None)
-    places = [checkpoint.tokenizer(), engine.config]
-    if path is not None and (path / "generation_config.json").is_file():
-        from transformers import GenerationConfig
-
-        places.append(GenerationConfig.from_pretrained(path))
-    for place in places:
-        value = getattr(place, "eos_token_id", None)
-        found |= set(value) if isinstance(value, list | tuple) else {value} if isinstance(value, int) else set()
-    return frozenset(found)
 
 
 @overload

@@ -1,0 +1,202 @@
+"""From a checkpoint to :class:`Parts`: the weights are packed for the kernels.
+
+Weights that the checkpoint stores as codes are packed as they are; everything else, the embedding and the head is rounded
+in groups of 32 or 64 inputs when it is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core import Binary, CheckpointError, Codes, LissomError, NumericalError
+from ..core.grid import spread_groups
+from ..export import open_model
+from ..kernels import Packed, PackedBinary
+from ..models import Model
+from ..models.forward import inverse_frequencies
+from ..models.layout import Sizes
+from .parts import ROLES, BlockParts, Layers, Parts
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+Compress = Callable[[str, Tensor], tuple[Codes | Binary, Tensor | None]]
+
+
+def rounded(weight: Tensor, bits: int = 8) -> Codes:
+    """Round to nearest on a symmetric grid of 8 or 6 ``bits`` that the kernels read well.
+
+    The grid of ``Grid(bits, symmetric=True)`` up to the rounding of scales, in a few passes over the weights: loading
+    waits for it.
+    """
+    rows, columns = weight.shape
+    middle = 2 ** (bits - 1)
+    group = 64 if columns % 64 == 0 else 32 if columns % 32 == 0 else columns
+    blocks = weight.reshape(rows, -1, group)
+    scale = (torch.linalg.vector_norm(blocks, float("inf"), dim=2) / (middle - 1)).half().float()
+    inverse = torch.where(scale > 0, 1 / scale, 0.0)
+    if not bool(torch.isfinite(scale).all()):
+        raise NumericalError(f"weights above 65504 · {middle - 1} or not finite cannot be rounded to int{bits}")
+    values = (blocks * inverse[..., None]).round_().clamp_(1 - middle, middle - 1).add_(middle).to(torch.uint8)
+    return Codes(values.reshape(rows, columns), scale, torch.full_like(scale, float(middle)), bits, group)
+
+
+def unsupported(model: Model) -> str | None:
+    """Why the engine cannot run ``model``, or None."""
+    config, row = model.config, model.architecture
+    if row.name not in FAMILIES:
+        return f"the runtime has no {row.name} blocks yet (it runs {', '.join(FAMILIES)})"
+    if getattr(config, "hidden_act", "silu") not in ("silu", "swish"):
+        return f"the runtime knows gated SiLU only, not {config.hidden_act}"
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if row.window == "types" and len(kinds) > 1:
+        return "layers with and without a sliding window in one model"
+    form = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if form not in ("default", "linear", "llama3", "yarn"):
+        return f"rotary embeddings of type {form!r} change with the length"
+    if not model.has_head:
+        return "the checkpoint has no head"
+    if model.operators.turns:
+        return "it needs a rotation at run time (quarot with online: true)"
+    return None
+
+
+def load(source: str | Path | Model | Any, compress: Compress | None = None, outer_bits: int = 8) -> Parts:
+    """Pack the weights of ``source``, a :class:`Model` or whatever ``open_model`` takes.
+
+    ``compress``: called with (name, fp32 weight) for linear layers that have no codes; without it they are rounded to int8.
+    ``outer_bits``: 8 or 6, of the embedding and the head. Raises :class:`CheckpointError` for what the engine cannot run.
+    """
+    if outer_bits not in (6, 8):
+        raise LissomError(f"the embedding and the head have 8 or 6 bits, not {outer_bits}")
+    model = source if isinstance(source, Model) else Model(open_model(source))
+    why = unsupported(model)
+    if why:
+        raise CheckpointError(f"{model.checkpoint.source} cannot be run: {why}. Use transformers, or export it")
+    return _Loader(model, compress, outer_bits).parts()
+
+
+class _Loader:
+    def __init__(self, model: Model, compress: Compress | None, outer_bits: int):
+        self.model, self.compress, self.outer_bits = model, compress, outer_bits
+        self.present = set(model.checkpoint.names())
+        self.layers = Layers()
+
+    def parts(self) -> Parts:
+        model, row = self.model, self.model.architecture
+        s = Sizes.of(row, model.config)
+        limit = int(getattr(model.config, "max_position_embeddings", 2048))
+        frequency, scale = inverse_frequencies(model.config, None, s.head_dim, limit)
+        frequencies = frequency.float().flatten().tolist()
+        sizes = {
+            "layers": model.blocks, "width": s.width, "heads": s.heads, "kv_heads": s.kv_heads, "head_dim": s.head_dim,
+            "inner": s.inner, "vocabulary": s.vocab, "rotary": 2 * len(frequencies), "rotary_scale": float(scale),
+            "epsilon": float(getattr(model.config, row.eps)), "attention_scale": s.head_dim**-0.5,
+            "window": window(model) or 0,
+        }  # fmt: skip
+        blocks = [self.block(i) for i in range(model.blocks)]
+        embedding = self.round(model.embed_name, self.outer_bits)
+        head = embedding
+        if not model.tied:
+            assert model.head_name is not None
+            head = self.round(model.head_name, self.outer_bits)
+        self.layers.bytes += head.bytes
+        final = self.vector(f"{model.prefix}{row.final_norm}.weight")
+        checkpoint = model.checkpoint
+        return Parts(
+            str(checkpoint.source), sizes, limit, blocks, embedding.matrix, head.matrix, final, frequencies,
+            lambda: end_tokens(model), checkpoint.tokenizer, self.layers, model,
+        )  # fmt: skip
+
+    def block(self, i: int) -> BlockParts:
+        model, row = self.model, self.model.architecture
+        packed, biases = {}, {}
+        for linear in model.linears(i):
+            packed[linear.role] = self.pack(linear.name)
+            name = f"{linear.name}.bias"
+            biases[linear.role] = self.vector(name) if name in self.present else None
+        if any(biases.get(role) is not None for role in ("gate", "up", "down")):
+            raise CheckpointError(f"{model.checkpoint.source} cannot be run: block {i} has biases in its MLP")
+        bias: list[float] = []
+        if any(biases[role] is not None for role in "qkv"):
+            for role in "qkv":
+                value = biases[role]
+                bias += [0.0] * packed[role].rows if value is None else value
+        at = f"{model.prefix}{row.layer.format(i)}"
+        vectors = {
+            "norm1": self.vector(f"{at}{row.norm_attention}.weight"),
+            "norm2": self.vector(f"{at}{row.norm_mlp}.weight"),
+            "q_norm": self.vector(f"{at}{row.norm_q}.weight") if row.norm_q else [],
+            "k_norm": self.vector(f"{at}{row.norm_k}.weight") if row.norm_k else [],
+            "bias": bias,
+            "o_bias": biases["o"] or [],
+        }
+        return BlockParts({role: packed[role].matrix for role in ROLES}, vectors)
+
+    def vector(self, name: str) -> list[float]:
+        return self.model.checkpoint.tensor(name).float().tolist()
+
+    def pack(self, name: str) -> Packed | PackedBinary:
+        codes = stored_codes(self.model.checkpoint, name)
+        if codes is not None:
+            packed = Packed(codes, codes.values != spread_groups(codes.zero, codes.values.shape[1], codes.group_size))
+            self.layers.forms[name] = str(packed.form)
+        elif self.compress is not None:
+            made, mask = self.compress(name, self.model.checkpoint.tensor(f"{name}.weight").float())
+            if isinstance(made, Binary):
+                packed = PackedBinary(made.signs, made.alpha, made.offset, made.group_size)
+                self.layers.forms[name] = f"binary × {len(made.signs)}"
+            else:
+                packed = Packed(made, mask)
+                self.layers.forms[name] = str(packed.form)
+        else:
+            packed = self.round(f"{name}.weight", 8, name)
+        self.layers.bytes += packed.bytes
+        return packed
+
+    def round(self, tensor: str, bits: int, name: str | None = None) -> Packed:
+        weight = self.model.checkpoint.tensor(tensor).float()
+        name = name or tensor
+        sparse = weight == 0
+        mask = ~sparse if bits == 8 and float(sparse.float().mean()) > 0.5 else None
+        packed = Packed(rounded(weight, bits), mask)
+        self.layers.rounded.append(name)
+        self.layers.forms[name] = str(packed.form)
+        return packed
+
+
+def stored_codes(checkpoint: Any, name: str) -> Codes | None:
+    """The codes of the layer ``name`` where the checkpoint stores codes that the kernels can read."""
+    read = getattr(checkpoint, "layer", None)
+    codes = read(name).codes if read is not None else None
+    fits = codes is not None and (codes.group_size >= codes.values.shape[1] or codes.group_size % 32 == 0)
+    return codes if fits else None
+
+
+def window(model: Model) -> int | None:
+    """The sliding window of all layers, or None."""
+    row, config = model.architecture, model.config
+    if row.window == "all":
+        return getattr(config, "sliding_window", None)
+    if row.window == "types" and set(getattr(config, "layer_types", None) or []) == {"sliding_attention"}:
+        return config.sliding_window
+    return None
+
+
+def end_tokens(model: Model) -> frozenset[int]:
+    """The tokens that end a text: of the tokenizer, the config and the generation config."""
+    found: set[int] = set()
+    path = getattr(model.checkpoint, "path", None)
+    places = [model.checkpoint.tokenizer(), model.config]
+    if path is not None and (path / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        places.append(GenerationConfig.from_pretrained(path))
+    for place in places:
+        value = getattr(place, "eos_token_id", None)
+        found |= set(value) if isinstance(value, list | tuple) else {value} if isinstance(value, int) else set()
+    return frozenset(found)

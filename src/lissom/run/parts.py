@@ -1,0 +1,55 @@
+"""What an engine is made of: sizes, packed weights and a tokenizer, wherever they come from. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+ROLES = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@dataclass
+class Layers:
+    """How the layers were packed: ``forms[name]`` and the bytes that one token reads."""
+
+    forms: dict[str, str] = field(default_factory=dict)
+    bytes: int = 0
+    rounded: list[str] = field(default_factory=list)  # layers without codes that were rounded when they were loaded
+
+
+@dataclass
+class BlockParts:
+    """One block. ``weights[role]``: packed matrices of the extension; ``vectors``: fp32 values, [] where there are none.
+
+    The vectors are ``norm1``, ``norm2``, ``q_norm``, ``k_norm``, ``bias`` (of q, k and v together) and ``o_bias``.
+    """
+
+    weights: dict[str, Any]
+    vectors: dict[str, list[float]]
+
+
+VECTORS = ("norm1", "norm2", "q_norm", "k_norm", "bias", "o_bias")
+
+
+@dataclass
+class Parts:
+    """A model that is ready to run; several engines can share one.
+
+    ``sizes``: the numbers of the extension's ``Spec`` that belong to the model. ``limit``: positions of one sequence.
+    ``ends`` and ``tokenizer`` make the tokens that end a text and the tokenizer when they are needed. ``model``: the
+    :class:`~lissom.models.Model` that the weights came from, None when they were mapped from a file.
+    """
+
+    source: str
+    sizes: dict[str, float]
+    limit: int
+    blocks: list[BlockParts]
+    embedding: Any
+    head: Any
+    norm: list[float]
+    frequency: list[float]
+    ends: Callable[[], frozenset[int]]
+    tokenizer: Callable[[], Any]
+    layers: Layers = field(default_factory=Layers)
+    model: Any = None
