@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from .. import __version__
@@ -45,6 +44,7 @@ from .stream import LayerResult, Spill, solve_stage, stream_block
 from .structured import smaller_model
 from .structured_targets import with_targets
 from .verify import verify
+from .workdir import check_writable, dump_json, first_sample, hidden_files, keep_hidden, start
 
 _ERROR_SAMPLES = 4  # samples for the reported errors of methods that need no data themselves
 Tick = Callable[[str, int, int], None]
@@ -101,7 +101,7 @@ def compress(
     target = Path(out)
     if target.exists():
         raise OutputError(f"{target} exists; choose another directory or remove it")
-    _writable(target)
+    check_writable(target)
     checked = recipes.read(recipe, overrides)
     work = target.with_name(target.name + ".partial")
     with alone(work):
@@ -140,9 +140,9 @@ def _compress(
     }
     if not (work / "run.json").exists():
         model.check_weights()  # minutes before hours of work
-    _start(work, identity, resume, note)
+    start(work, identity, resume, note)
     if targets:
-        _dump(work / "targets.json", targets)
+        dump_json(work / "targets.json", targets)
     stages: dict[str, float] = {}
 
     clock = time.perf_counter()
@@ -168,7 +168,7 @@ def _compress(
     clock = time.perf_counter()
     artefact = Artefact(work, model, chosen_save(checked, allocation))
     records = _blocks(work, model, made, budgets, data, artefact, spill, tick, note)
-    sample = _first(load_file(_hidden_files(work)[model.blocks]))
+    sample = first_sample(load_file(hidden_files(work)[model.blocks]))
     stages["blocks"] = time.perf_counter() - clock
 
     model.operators = with_scales(model, {r.name: r.input_scale for r in records if r.input_scale is not None})
@@ -222,10 +222,10 @@ def _compress(
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "calibration_tokens": data.ids.numel(),
     }
-    _dump(work / "manifest.json", manifest)
-    _dump(work / "timings.json", timings)
+    dump_json(work / "manifest.json", manifest)
+    dump_json(work / "timings.json", timings)
     for leftover in (
-        *_hidden_files(work).values(),
+        *hidden_files(work).values(),
         work / "run.json",
         work / "budgets.json",
         work / "targets.json",
@@ -244,60 +244,6 @@ def _say(note: Note | None, text: str) -> None:
         note(text)
 
 
-def _writable(target: Path) -> None:
-    parent = target.absolute().parent
-    if not parent.is_dir():
-        raise OutputError(f"the directory {parent} does not exist; create it first")
-    if not os.access(parent, os.W_OK):
-        raise OutputError(f"no permission to write into {parent}")
-
-
-def _start(work: Path, identity: Mapping[str, Any], resume: bool, note: Note | None) -> None:
-    """Make or re-enter the working directory; refuses to go on when the run's inputs changed."""
-    path = work / "run.json"
-    if work.exists() and not resume:
-        shutil.rmtree(work)
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = _differences(before, json.loads(json.dumps(identity)))
-        if changed:
-            raise OutputError(
-                f"{work} holds an unfinished run with other inputs:\n  "
-                + "\n  ".join(changed)
-                + "\ngo on with the old inputs, start over with --fresh, or choose another OUT"
-            )
-        _say(note, f"resuming the unfinished run in {work}")
-        return
-    if work.exists():
-        shutil.rmtree(work)  # a run that was killed before it had a name
-    work.mkdir(parents=True)
-    _dump(path, identity)
-
-
-def _differences(a: Any, b: Any, at: str = "") -> list[str]:
-    if isinstance(a, dict) and isinstance(b, dict):
-        return [
-            d
-            for key in dict.fromkeys([*a, *b])
-            for d in _differences(a.get(key), b.get(key), f"{at}.{key}".lstrip("."))
-        ]
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in _differences(x, y, f"{at}[{i}]")]
-    return [] if a == b else [f"{at}: was {a!r}, now {b!r}"]
-
-
-def _dump(path: Path, data: Any) -> None:
-    """Write JSON so that the file is whole or absent."""
-    temporary = path.with_name(path.name + ".new")
-    try:
-        temporary.write_text(json.dumps(data, indent=1, sort_keys=True), encoding="utf-8")
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror}; what is finished is kept, free space and run again"
-        ) from error
-    os.replace(temporary, path)
-
-
 def _budgets(
     work: Path, model: Model, made: Plan, data: CalibrationSet, tick: Tick | None
 ) -> tuple[Budgets, dict[str, Any]]:
@@ -307,37 +253,9 @@ def _budgets(
             budgets, record = size_budgets(model, made, data, work / "curves", tick)
         else:
             budgets, record = budgets_for(model, made, data, tick)
-        _dump(path, {"budgets": {str(i): asdict(b) for i, b in budgets.items()}, "record": record})
+        dump_json(path, {"budgets": {str(i): asdict(b) for i, b in budgets.items()}, "record": record})
     saved = json.loads(path.read_text(encoding="utf-8"))
     return {int(i): Budget(**b) for i, b in saved["budgets"].items()}, saved["record"]
-
-
-def _hidden_files(work: Path) -> dict[int, Path]:
-    """Hidden states on disk by the number of blocks that made them."""
-    return {int(p.stem.split("-")[1]): p for p in work.glob("hidden-*.safetensors")}
-
-
-def _first(hidden: Mapping[str, Tensor]) -> Tensor:
-    return hidden["00000"][:1]
-
-
-def _keep_hidden(work: Path, done: int, hidden: list[Tensor], dense: list[Tensor]) -> None:
-    """Save the hidden states after ``done`` blocks (and the dense model's, if they go along), then drop the older ones."""
-    temporary, path = work / "hidden.new", work / f"hidden-{done:05d}.safetensors"
-    states = {f"{i:05d}": h.contiguous() for i, h in enumerate(hidden)}
-    states |= {f"dense-{i:05d}": h.contiguous() for i, h in enumerate(dense)}
-    try:
-        save_file(states, temporary)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        size = sum(h.numel() * h.element_size() for h in states.values())
-        raise OutputError(
-            f"cannot write {path} ({size / 1e6:.1f} MB): {error}. What is finished is kept: make room and run again"
-        ) from error
-    os.replace(temporary, path)
-    for number, old in _hidden_files(work).items():
-        if number != done:
-            old.unlink()
 
 
 def _blocks(
@@ -355,7 +273,7 @@ def _blocks(
     steps = [(s, budgets.get(i)) for i, s in enumerate(made.recipe.steps) if s.method.kind == "solver"]
     healing = block_steps(made.recipe)
     waiting = Spill(work) if spill else None
-    saved = _hidden_files(work)
+    saved = hidden_files(work)
     done = max((n for n in saved if all(artefact.has(i) for i in range(n))), default=None)
     if done is None:
         outer = artefact.outer()
@@ -376,8 +294,8 @@ def _blocks(
             calibrator(made.recipe),
         )  # fmt: skip
         artefact.block(i, block)
-        _dump(work / f"records-{i:05d}.json", [asdict(r) for r in here])
-        _keep_hidden(work, i + 1, hidden, dense)
+        dump_json(work / f"records-{i:05d}.json", [asdict(r) for r in here])
+        keep_hidden(work, i + 1, hidden, dense)
         records += here
         if tick:
             tick("compress", i + 1, model.blocks)
