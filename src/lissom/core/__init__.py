@@ -26,7 +26,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'lissom.core' has no attribute {name!r}")
     vocabulary = import_module("lissom.core.vocabulary")
     # all at once: `sweep` is a function and the module that it lives in, which imports leave in its place here
-    globals().update({key: getattr(vocabulary, key) for key in vocabulary.__all__})
+    globals().update({key: getattr(vocabulary, key) for key in __all__ if hasattr(vocabulary, key)})
     return globals()[name]
 
 

@@ -1,4 +1,6 @@
-"""Every name of the vocabulary that needs torch; :mod:`lissom.core` hands them out."""
+"""Every name of the vocabulary that needs torch; :mod:`lissom.core` hands them out, by the list there."""
+
+# ruff: noqa: F401
 
 from .block import BlockForward, BlockProblem
 from .constraint import NM, Both, Constraint, Fixed, Pattern, Sparse, Stack, both, keep_largest
@@ -27,51 +29,3 @@ from .stored import (
 )
 from .sweep import sweep
 from .units import GateProblem, UnitProblem, Units
-
-__all__ = [
-    "NM",
-    "Affine",
-    "Binary",
-    "BlockForward",
-    "BlockProblem",
-    "Both",
-    "Budget",
-    "Codes",
-    "Columns",
-    "Constraint",
-    "Factor",
-    "Fixed",
-    "GateProblem",
-    "Grid",
-    "GridParams",
-    "LayerSummary",
-    "Levels",
-    "LowRank",
-    "Masked",
-    "Method",
-    "Patched",
-    "Pattern",
-    "Plain",
-    "Problem",
-    "Rotated",
-    "Rotation",
-    "Scaled",
-    "Second",
-    "Solved",
-    "Sparse",
-    "Stack",
-    "Stacked",
-    "Stats",
-    "Stored",
-    "TwoLevel",
-    "UnitProblem",
-    "Units",
-    "both",
-    "damped",
-    "factorise",
-    "gram_product",
-    "keep_largest",
-    "merge",
-    "stored_bits",
-    "sweep",
-]

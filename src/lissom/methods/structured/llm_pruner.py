@@ -18,22 +18,13 @@ from typing import Literal
 from torch import Tensor
 
 from ...core import UnitProblem
+from .shares import Shares
 
 
 @dataclass(frozen=True)
-class LLMPruner:
-    """``keep_heads``, ``keep_neurons``: fractions that remain in every block; ``keep_channels`` of the hidden
-    state. ``reduce`` element|vector, ``order`` first|mixed.
+class LLMPruner(Shares):
+    """``reduce`` element|vector, ``order`` first|mixed."""
 
-    ``spread``: widths of blocks may differ by so much. ``target``, ``of``: a size that the result must not exceed.
-    """
-
-    keep_heads: float = 1.0
-    keep_neurons: float = 0.8
-    keep_channels: float = 1.0
-    spread: float = 0.0
-    target: float | None = None
-    of: Literal["parameters", "bytes", "latency"] = "parameters"
     reduce: Literal["element", "vector"] = "element"
     order: Literal["first", "mixed"] = "first"
 

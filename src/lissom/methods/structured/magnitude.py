@@ -14,22 +14,13 @@ from typing import Literal
 from torch import Tensor
 
 from ...core import UnitProblem
+from .shares import Shares
 
 
 @dataclass(frozen=True)
-class StructuredMagnitude:
-    """``keep_heads``, ``keep_neurons``: fractions that remain in every block; ``keep_channels`` of the hidden
-    state.
+class StructuredMagnitude(Shares):
+    """``norm``: 1 or 2; ``weighted``: each matrix divided by its mean first."""
 
-    ``spread``: widths of blocks may differ by so much. ``target``, ``of``: a size that the result must not exceed.
-    """
-
-    keep_heads: float = 1.0
-    keep_neurons: float = 0.8
-    keep_channels: float = 1.0
-    spread: float = 0.0
-    target: float | None = None
-    of: Literal["parameters", "bytes", "latency"] = "parameters"
     norm: Literal[1, 2] = 2
     weighted: bool = False
 

@@ -9,27 +9,18 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ...core import UnitProblem
+from .shares import Shares
 
 
 @dataclass(frozen=True)
-class RandomUnits:
-    """``keep_heads``, ``keep_neurons``: fractions that remain in every block; ``keep_channels`` of the hidden state.
+class RandomUnits(Shares):
+    """``seed`` of the scores."""
 
-    ``spread``: widths of blocks may differ by so much. ``target``, ``of``: a size that the result must not exceed.
-    """
-
-    keep_heads: float = 1.0
-    keep_neurons: float = 0.8
-    keep_channels: float = 1.0
-    spread: float = 0.0
-    target: float | None = None
-    of: Literal["parameters", "bytes", "latency"] = "parameters"
     seed: int = 0
 
 
