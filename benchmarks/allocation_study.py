@@ -33,7 +33,7 @@ Layers = Sequence[LayerSummary]
 
 def custom(wanted: Callable[[Layers], list[float]]) -> Callable[[Layers, Layers], Budget]:
     def make(relative: Layers, raw: Layers) -> Budget:
-        values = meet(wanted(relative), [layer.size for layer in relative], S, 0.4, 0.95)
+        values = meet(wanted(relative), [layer.size for layer in relative], S, max(0.0, S - 0.35), min(0.95, S + 0.22))
         return Budget("sparsity", {layer.name: v for layer, v in zip(relative, values, strict=True)})
 
     return make
@@ -50,6 +50,17 @@ def depth(layers: Layers) -> list[float]:
     return [layer.block / last for layer in layers]
 
 
+def shares(layers: Layers) -> list[float]:
+    """Decades of the block's share of the stream above 0.07, which most blocks have."""
+    return [math.log10(layer.values["share"] / 0.07) for layer in layers]
+
+
+def rooted(width: float, per_decade: float) -> Callable[[Layers, Layers], Budget]:
+    return custom(
+        lambda layers: [width * d**0.5 - per_decade * s for d, s in zip(depth(layers), shares(layers), strict=True)]
+    )
+
+
 ROWS: dict[str, Callable[[Layers, Layers], Budget]] = {
     "uniform": lambda relative, raw: atp(relative, S, ATP(spread=0.0)),
     "clusters of relative loss": lambda relative, raw: loss_clusters(
@@ -61,6 +72,9 @@ ROWS: dict[str, Callable[[Layers, Layers], Budget]] = {
     "depth 0.2": custom(lambda layers: [0.2 * d for d in depth(layers)]),
     "depth 0.3": custom(lambda layers: [0.3 * d for d in depth(layers)]),
     "root of depth 0.25": custom(lambda layers: [0.25 * d**0.5 for d in depth(layers)]),
+    "root of depth 0.25, share 0.05": rooted(0.25, 0.05),
+    "root of depth 0.25, share 0.10": rooted(0.25, 0.10),
+    "root of depth 0.30, share 0.08": rooted(0.30, 0.08),
     "depth -0.1": custom(lambda layers: [-0.1 * d for d in depth(layers)]),
     "depth 0.22, q k -0.1": custom(
         lambda layers: [0.22 * d - 0.1 * (la.role in ("q", "k")) for d, la in zip(depth(layers), layers, strict=True)]
@@ -83,7 +97,9 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=6)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--sparsity", type=float, default=S)
     options = parser.parse_args()
+    globals()["S"] = options.sparsity
     checkpoint = open_model(options.model)
     model, tokenizer = Model(checkpoint), checkpoint.tokenizer()
     length = min(512, options.length)
