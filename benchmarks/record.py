@@ -4,7 +4,8 @@
 
 Protocol and machinery of main_table.py: 32 × 512 calibration tokens, 16 windows of 1024 tokens of the raw test text, one
 `lissom compress` and one `lissom evaluate` a row. Finished rows are kept in benchmarks/rows/record/ and not run again; delete
-a file to repeat it. `--render` writes the tables into benchmarks/RESULTS.md between their markers.
+a file to repeat it. `--render` writes the tables into benchmarks/RESULTS.md between their markers, and the figure
+benchmarks/figures/sparsity.png from these rows, the main table's and those of the peers.
 """
 
 from __future__ import annotations
@@ -123,6 +124,59 @@ def rows_table(names: dict[str, str]) -> list[str]:
     return lines
 
 
+DENSE = 22.88
+SPARSITIES = (50, 60, 70, 80)
+# label → (file under rows/ for a sparsity in per cent, colour, line)
+CURVES = {
+    "Wanda": ("wanda-{}.json", "#9aa5ad", "-"),
+    "llm-compressor SparseGPT": ("peers/llm-compressor-sparsegpt-{}.json", "#c0392b", "--"),
+    "SparseGPT": ("sparsegpt-{}.json", "#66757f", "-"),
+    "OWL": ("owl-{}.json", "#8e6bbf", "-"),
+    "equal marginal loss": ("equal-marginal-{}.json", "#b8860b", "-"),
+    "ATP": ("atp-{}.json", "#2e8b57", "-"),
+    "loss clusters": ("loss-clusters-{}.json", "#2874a6", "-"),
+    "loss clusters + ALPS (aggressive, no INT4)": ("record/aggressive-without-int4-{}.json", "#d35400", "-"),
+}
+
+
+def figure() -> None:
+    """Perplexity against sparsity, of every allocation and solver that was measured, and of the peer."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shown, ax = plt.subplots(figsize=(9, 5.5))
+    for label, (pattern, colour, line) in CURVES.items():
+        points = []
+        for s in SPARSITIES:
+            path = HERE / "rows" / pattern.format(s)
+            if pattern.startswith("record") and s == 70:
+                path = path_of("aggressive without INT4 seed 0")
+            if path.exists():
+                points.append((s, json.loads(path.read_text(encoding="utf-8"))["evaluate"]["perplexity"]))
+        if points:
+            strong = pattern.startswith("record")
+            ax.plot(*zip(*points, strict=True), line, color=colour, marker="o", markersize=4, label=label,
+                    linewidth=2.5 if strong else 1.3, zorder=3 if strong else 2)  # fmt: skip
+    ax.axhline(DENSE, color="#22303c", linewidth=1, linestyle=":")
+    ax.annotate(f"dense {DENSE}", (50, DENSE), xytext=(0, -11), textcoords="offset points", fontsize=8)
+    ax.set_yscale("log")
+    ax.set_ylim(18, 2000)
+    ticks = (20, 50, 100, 200, 500, 1000, 2000)
+    ax.set_yticks(ticks, [str(t) for t in ticks])
+    ax.minorticks_off()
+    ax.set_xticks(SPARSITIES, [f"{s}%" for s in SPARSITIES])
+    ax.set_xlabel("weights of the linear layers removed")
+    ax.set_ylabel("perplexity, WikiText-2 raw test (log)")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", color="#e8ecef", linewidth=0.8)
+    ax.legend(frameon=False, fontsize=8, loc="upper left")
+    folder = HERE / "figures"
+    folder.mkdir(exist_ok=True)
+    shown.savefig(folder / "sparsity.png", dpi=120, bbox_inches="tight", metadata={"Software": None})
+
+
 def render() -> None:
     page = HERE / "RESULTS.md"
     text = page.read_text(encoding="utf-8")
@@ -142,6 +196,7 @@ def render() -> None:
         block = "\n".join((f"<!-- {mark} -->", *lines, f"<!-- /{mark} -->"))
         text = re.sub(f"<!-- {mark} -->.*<!-- /{mark} -->", lambda _, b=block: b, text, flags=re.S)
     page.write_text(text, encoding="utf-8")
+    figure()
 
 
 def main() -> None:
