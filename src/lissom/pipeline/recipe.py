@@ -361,8 +361,17 @@ def _check(recipe: Recipe) -> list[str]:
         elif c.free_m:
             if not 2 <= c.free_m <= 32 or not c.sparsity:
                 out.append(f"{where}: pattern {c.pattern} needs 2 ≤ M ≤ 32 and a sparsity")
+            elif pending is None:
+                out.append(
+                    f"{where}: pattern {c.pattern} takes N from an allocation; put one before the step, such as uniform or loss-clusters"
+                )
         elif c.pattern != "unstructured":
             out.append(f"{where}: pattern must be 'unstructured', 'N:M' such as '2:4', or 'n:16', not {c.pattern!r}")
+        if c.nm and pending and pending.name != "bits":
+            out.append(
+                f"{where}: pattern {c.pattern} leaves {pending.name} nothing to share; "
+                f"give pattern n:{c.nm[1]} with a sparsity, or drop the allocation"
+            )
         if c.bits != 16 and not 2 <= c.bits <= 8:
             out.append(f"{where}: bits must be 2 … 8, or 16 for not quantized, not {c.bits}")
         if c.group_size < 0:
