@@ -1,18 +1,16 @@
-"""How the tensors of a stored form are to be written: metadata of dataclass fields, so that files know no method by name.
+"""How the tensors of a stored form are to be written: types of fields, so that files know no method by name.
 
-A field that is a tensor has a :class:`Part`. A field that holds another form, a :class:`Rotation` or a plain number
-needs none: its type says what it is.
+A field that is a tensor has one of the types below. A field that holds another form, a :class:`Rotation` or a plain number
+needs none: its own type says what it is.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
-
-Kind = Literal["integer", "number", "sparse", "row", "mask"]
-MIXES = {"mixes": True}  # metadata of a ``base`` whose decoding mixes weights: no zero of the result is a zero below
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -31,12 +29,24 @@ class Part:
     ``dtype``: of integers in memory. ``unit``: the field by which numbers are divided before they are written.
     """
 
-    kind: Kind
+    kind: Literal["integer", "number", "sparse", "row", "mask"]
     per_weight: bool = False
     dtype: torch.dtype = torch.uint8
     unit: str | None = None
 
 
-def part(kind: Kind, per_weight: bool = False, dtype: torch.dtype = torch.uint8, unit: str | None = None) -> Any:
-    """A dataclass field for a tensor that is stored as :class:`Part` says."""
-    return field(metadata={"part": Part(kind, per_weight, dtype, unit)})
+@dataclass(frozen=True)
+class Mixes:
+    """Marks a ``base`` whose decoding mixes weights: no zero of the result is a zero below."""
+
+
+Integers = Annotated[Tensor, Part("integer")]
+Indices = Annotated[Tensor, Part("integer", dtype=torch.int64)]
+ZeroPoints = Annotated[Tensor, Part("integer", dtype=torch.float32)]
+WeightCodes = Annotated[Tensor, Part("integer", per_weight=True)]
+WeightSigns = Annotated[Tensor, Part("integer", per_weight=True, dtype=torch.bool)]
+Numbers = Annotated[Tensor, Part("number")]
+BlockScales = Annotated[Tensor, Part("number", unit="tensor_scale")]
+SparseNumbers = Annotated[Tensor, Part("sparse")]
+RowNumbers = Annotated[Tensor, Part("row")]
+KeepMask = Annotated[Tensor, Part("mask")]

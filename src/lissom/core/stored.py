@@ -10,14 +10,25 @@ layers of a stack one by one and return :class:`Stacked`, whose ``rows`` gives b
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Annotated, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from .grid import Codes, spread_groups
-from .parts import MIXES, part
+from .parts import (
+    BlockScales,
+    Indices,
+    Integers,
+    KeepMask,
+    Mixes,
+    Numbers,
+    RowNumbers,
+    SparseNumbers,
+    WeightCodes,
+    WeightSigns,
+)
 from .rotation import Rotation
 
 
@@ -51,7 +62,7 @@ def grid_of(form: Stored | None) -> tuple[int, int | None] | None:
 class Plain:
     """Half-precision weights, zeros left out behind a bitmap where there are any: ``weight`` fp32 (out, in), fp16-exact."""
 
-    weight: Tensor = part("sparse")
+    weight: SparseNumbers
 
     def decode(self) -> Tensor:
         return self.weight
@@ -72,9 +83,9 @@ class Affine:
     Zero need not be a level (a float zero point). The layout of GGUF's Q4_1 when groups hold 32 inputs.
     """
 
-    values: Tensor = part("integer", per_weight=True)
-    scale: Tensor = part("number")
-    offset: Tensor = part("number")
+    values: WeightCodes
+    scale: Numbers
+    offset: Numbers
     bits: int
     group_size: int
 
@@ -100,9 +111,9 @@ class Levels:
     e4m3. ``name``: the kind of table, e.g. nf4 or kmeans; ``custom``: whether the file must hold the table.
     """
 
-    values: Tensor = part("integer", per_weight=True)
-    table: Tensor = part("number")
-    scale: Tensor = part("number", unit="tensor_scale")
+    values: WeightCodes
+    table: Numbers
+    scale: BlockScales
     group_size: int
     name: str
     scale_format: str = "float16"
@@ -138,9 +149,9 @@ class Binary:
     ``signs`` bool (planes, out, in), True = +1; ``alpha`` (planes, out, groups); ``offset`` (out, groups), fp16-exact.
     """
 
-    signs: Tensor = part("integer", per_weight=True, dtype=torch.bool)
-    alpha: Tensor = part("number")
-    offset: Tensor = part("number")
+    signs: WeightSigns
+    alpha: Numbers
+    offset: Numbers
     group_size: int
 
     def decode(self) -> Tensor:
@@ -167,9 +178,9 @@ class Second:
     ``codes`` uint8 (out, groups); ``step``, ``base`` (out, ⌈groups / size⌉), fp16-exact.
     """
 
-    codes: Tensor = part("integer")
-    step: Tensor = part("number")
-    base: Tensor = part("number")
+    codes: Integers
+    step: Numbers
+    base: Numbers
     bits: int
     group: int
 
@@ -192,7 +203,7 @@ class Second:
 class TwoLevel:
     """``w = (code − zero) · scale`` with quantized scales, and quantized zero points or one constant."""
 
-    values: Tensor = part("integer", per_weight=True)
+    values: WeightCodes
     scale: Second
     zero: Second | float
     bits: int
@@ -221,9 +232,9 @@ class Patched:
     """``base`` with single weights replaced: ``row``, ``column``, ``value`` (count,), sorted by row, fp16-exact."""
 
     base: Stored
-    row: Tensor = part("row")
-    column: Tensor = part("integer", dtype=torch.int64)
-    value: Tensor = part("number")
+    row: RowNumbers
+    column: Indices
+    value: Numbers
 
     @classmethod
     def where(cls, base: Stored, chosen: Tensor, weights: Tensor) -> Patched:
@@ -251,8 +262,8 @@ class Columns:
     """``base`` with whole inputs replaced: ``index`` (count,) rising, ``value`` (out, count), fp16-exact."""
 
     base: Stored
-    index: Tensor = part("integer", dtype=torch.int64)
-    value: Tensor = part("number")
+    index: Indices
+    value: Numbers
 
     def decode(self) -> Tensor:
         w = self.base.decode()
@@ -273,7 +284,7 @@ class Masked:
     """``base`` with exact zeros where ``mask`` (out, in) bool is False: for forms that have no level at zero."""
 
     base: Stored
-    mask: Tensor = part("mask")
+    mask: KeepMask
 
     def decode(self) -> Tensor:
         return torch.where(self.mask, self.base.decode(), 0.0)
@@ -291,7 +302,7 @@ class Scaled:
     """``base · factor`` with one ``factor`` per input, (in,): exact to fold into whatever makes the input."""
 
     base: Stored
-    factor: Tensor = part("number")
+    factor: Numbers
 
     def decode(self) -> Tensor:
         return self.base.decode() * self.factor
@@ -311,7 +322,7 @@ class Rotated:
     ``left`` L (out, out), ``right`` R (in, in), either None. Only the seeds are stored.
     """
 
-    base: Stored = field(metadata=MIXES)
+    base: Annotated[Stored, Mixes()]
     left: Rotation | None
     right: Rotation | None
 
@@ -346,8 +357,8 @@ class LowRank:
     """
 
     base: Stored
-    A: Tensor = part("number")
-    B: Tensor = part("number")
+    A: Numbers
+    B: Numbers
 
     def decode(self) -> Tensor:
         product = self.A.double().contiguous() @ self.B.double().contiguous().T

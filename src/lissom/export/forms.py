@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from functools import cache
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ from ..core import (
     Stored,
     TwoLevel,
 )
-from ..core.parts import Part
+from ..core.parts import Mixes, Part
 from .bits import pack_bits, unpack_bits
 from .layout import parse_pattern
 from .masks import MASK_NAMES, mask_of, pick, place, read_mask, write_mask
@@ -95,10 +96,16 @@ def form_names(description: Any, at: str = "") -> Iterator[str]:
             yield from (f"{at}{mask}" for mask in MASK_NAMES if "pattern" in entry)
 
 
-def _parts(cls: type) -> Iterator[tuple[str, Part | None, bool]]:
+@cache
+def _parts(cls: type) -> tuple[tuple[str, Part | None, bool], ...]:
     """(field, part, whether decoding mixes what is below), masks first: they hide entries of the other fields."""
-    fields = [(f.name, f.metadata.get("part"), bool(f.metadata.get("mixes"))) for f in dataclasses.fields(cls)]
-    return iter(sorted(fields, key=lambda f: f[1] is None or f[1].kind != "mask"))
+    out = []
+    for name, hint in get_type_hints(cls, include_extras=True).items():
+        said = getattr(hint, "__metadata__", ())
+        out.append(
+            (name, next((m for m in said if isinstance(m, Part)), None), any(isinstance(m, Mixes) for m in said))
+        )
+    return tuple(sorted(out, key=lambda f: f[1] is None or f[1].kind != "mask"))
 
 
 class _Writer:
