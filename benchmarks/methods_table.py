@@ -146,9 +146,7 @@ def render() -> str:
             none = "–" if steps_of(name, c) is None else ""
             cells.append(r.get("failed") or f"{r['perplexity']:.4g} ({r['kl']:.2f})" if r else none)
         ran = [r for r in mine.values() if "failed" not in r]
-        last = (
-            f"{max(r['cpu_seconds'] for r in ran):.0f} | {max(r['peak'] for r in ran) / 1e6:.0f}" if ran else " | "
-        )
+        last = f"{max(r['cpu_seconds'] for r in ran):.0f} | {max(r['peak'] for r in ran) / 1e6:.0f}" if ran else " | "
         lines.append(f"| {name} | {' | '.join(cells)} | {last} |")
     lines += [f"| {name} | {reason} |{' |' * (len(columns) + 1)}" for name, reason in WITHOUT.items()]
     return "\n".join(lines)
@@ -162,7 +160,9 @@ def main() -> None:
     parser.add_argument("--render", action="store_true")
     options = parser.parse_args()
     page = HERE / "RESULTS.md"
-    done = {(r["name"], r["column"]) for r in map(json.loads, KEPT.read_text().splitlines())} if KEPT.exists() else set()
+    done = (
+        {(r["name"], r["column"]) for r in map(json.loads, KEPT.read_text().splitlines())} if KEPT.exists() else set()
+    )
     waiting = [(n, c) for n, c in rows() if (n, c) not in done and re.search(options.only, f"{n} {c}")]
     if options.list:
         print("\n".join(f"{c:5} {n}" for n, c in waiting))

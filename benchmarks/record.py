@@ -82,7 +82,10 @@ def number(x: float | None) -> str:
 
 
 def record_table() -> list[str]:
-    lines = ["| seed of the calibration | SparseGPT, once per block | `aggressive` without INT4 | ratio |", "|---|---|---|---|"]
+    lines = [
+        "| seed of the calibration | SparseGPT, once per block | `aggressive` without INT4 | ratio |",
+        "|---|---|---|---|",
+    ]
     pairs = []
     for s in SEEDS:
         a, b = perplexity(f"aggressive without INT4 seed {s}"), perplexity(f"sparsegpt once per block seed {s}")
@@ -108,7 +111,9 @@ def gap_table() -> list[str]:
             ("loss clusters", (f"clusters unstructured {s}", f"clusters N:16 {s}", f"clusters N:32 {s}")),
         ):
             u, a, b = (perplexity(name) for name in names)
-            lines.append(f"| {s} | {budgets} | {number(u)} | {number(a)} | {ratio(a, u)} | {number(b)} | {ratio(b, u)} |")
+            lines.append(
+                f"| {s} | {budgets} | {number(u)} | {number(a)} | {ratio(a, u)} | {number(b)} | {ratio(b, u)} |"
+            )
     return lines
 
 
