@@ -202,8 +202,8 @@ def _corrected(layer: Linear, curve: Curve, ratios: Mapping[tuple[str, tuple[flo
         if s == 0:
             ratio = mean.get((0.0, b), 0.0)
         else:
-            known = [(c, mean[c, b]) for c in SPARSE_CHECKED if (c, b) in mean]
-            ratio = float(np.interp(s, *zip(*known, strict=True))) if known else 0.0
+            known = {c: mean[c, b] for c in SPARSE_CHECKED if (c, b) in mean}
+            ratio = float(np.interp(s, list(known), list(known.values()))) if known else 0.0
         out[s, b] = (loss * math.exp(ratio), count)
     return out
 

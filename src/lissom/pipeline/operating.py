@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..core import Rotation
-from ..methods.quantize.activations import Activations, static_scale
 from ..export.writer import write_json
+from ..methods.quantize.activations import Activations, static_scale
 from ..methods.quantize.kv_cache import KVCache, calibrate_static
 from ..models import InputGrid, Linear, Model, Operators
 from ..models.layout import Sizes
