@@ -158,3 +158,33 @@ def test_keep_largest_is_a_stable_sort_and_a_cut(shape, dtype):
         expected = torch.ones(shape, dtype=torch.bool)
         expected.scatter_(1, score.float().argsort(dim=1, stable=True)[:, :drop], False)
         assert torch.equal(keep_largest(score, drop), expected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(8192, 40000),
+    st.floats(0, 1),
+    st.sampled_from(["normal", "ties", "sorted", "few", "nan", "far"]),
+    st.integers(0, 99),
+)
+def test_exact_counts_of_many_entries(n, p, kind, seed):
+    """Long rows take their threshold from a sample first, whatever the values are."""
+    g = torch.Generator().manual_seed(seed)
+    score = torch.randn(1, n, generator=g).abs()
+    if kind == "ties":
+        score = (score * 3).round()
+    elif kind == "sorted":
+        score = score.sort(1).values
+    elif kind == "few":
+        score[:, n // 10 :] = 0
+    elif kind == "nan":
+        score[:, 5] = float("nan")
+    elif kind == "far":
+        score[:, :: max(1, n // 4096)] += 100  # every entry that the sample sees
+    drop = min(n - 1, round(p * n))
+    keep = keep_largest(score, drop)
+    if kind == "nan":
+        return  # no order, but no crash
+    assert int(keep.count_nonzero()) == n - drop
+    if 0 < drop:
+        assert score[keep].min() >= score[~keep].max()
