@@ -291,7 +291,7 @@ def _blocks(
         block = model.load_block(i)
         here, hidden, dense = _solve_block(
             block, artefact, steps, gradients.block_extras(work, i), healing, hidden, dense, budgets, waiting, note,
-            calibrator(made.recipe),
+            calibrator(made.recipe), made.recipe.calibration.statistics == "block",
         )  # fmt: skip
         artefact.block(i, block)
         dump_json(work / f"records-{i:05d}.json", [asdict(r) for r in here])
@@ -316,6 +316,7 @@ def _solve_block(
     waiting: Spill | None,
     note: Note | None,
     calibrate: Callable[[Tensor, Tensor], float] | None = None,
+    at_once: bool = False,
 ) -> tuple[list[LayerRecord], list[Tensor], list[Tensor]]:
     """Solve and encode one block; returns its layers' records and what it gives to the next block, in both streams.
 
@@ -346,7 +347,7 @@ def _solve_block(
             if damping and damping > asked * 1.001:
                 _say(note, f"{layer.name}: damping raised to {damping:g} until the Gram matrix was positive definite")
 
-    hidden = stream_block(block, hidden, solve, gram, waiting, calibrate=calibrate)
+    hidden = stream_block(block, hidden, solve, gram, waiting, calibrate=calibrate, at_once=at_once)
     if healing:
         healed = work_on_block(block, solved, inputs, dense, targets, healing)
         keep([r.layer for r in healed], healed)

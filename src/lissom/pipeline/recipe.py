@@ -84,13 +84,15 @@ class Save:
 @dataclass(frozen=True)
 class Calibration:
     """``data`` a name or file; ``samples`` × ``length`` tokens; ``allocation_samples`` for the pass of an
-    allocation (None: a quarter, at least 8)."""
+    allocation (None: a quarter, at least 8); ``statistics`` of a layer's inputs after all ``stage``s before it were
+    compressed, or once per ``block``, before any of its layers."""
 
     data: str = "builtin"
     samples: int = 128
     length: int = 512
     seed: int = 0
     allocation_samples: int | None = None
+    statistics: Literal["stage", "block"] = "stage"
 
 
 @dataclass(frozen=True)

@@ -99,14 +99,25 @@ def stream_block(
     spill: Spill | None = None,
     watch: int | None = None,
     calibrate: Callable[[Tensor, Tensor], float] | None = None,
+    at_once: bool = False,
 ) -> list[Tensor]:
     """Outputs of the block for every batch; ``visit`` is called once a stage, and may set weights.
 
     ``hidden``: (batch, tokens, width) each; the list is emptied as it is used. ``watch``: only the first so many
     batches feed the statistics (the others are held-out text that just goes along). ``calibrate``: a sample of a stage's
     inputs and the largest magnitude of each calibration sample → the static scale, where the block's operators ask for one; from there on,
-    statistics and products see the rounded inputs.
+    statistics and products see the rounded inputs. ``at_once``: all stages\' statistics are of the block as it was loaded,
+    and taken before any is visited; costs a second forward.
     """
+    if at_once:
+        gathered: list[tuple[tuple[Linear, ...], Stats]] = []
+        stream_block(block, list(hidden), lambda *stage: gathered.append(stage), gram, spill, watch, calibrate)
+        for stage in gathered:
+            visit(*stage)
+        for i in range(len(hidden)):
+            hidden[i] = block.forward(hidden[i])
+        give_back()
+        return hidden
     runs = []
     for i in range(len(hidden)):
         runs.append(block.start(hidden[i]))
