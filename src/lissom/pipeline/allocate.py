@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core import Both, Budget, LayerSummary, Problem, Stack
 from ..evaluate import token_losses
+from ..kernels.columns import column_loop
 from ..methods.allocate.budget import in_groups
 from ..models import Linear, Model
 from .data import CalibrationSet, embed
@@ -96,7 +97,8 @@ def summarise(
             if layers:
                 W = torch.cat([block.weight(layer.name) for layer in layers])
                 stack = Stack(tuple((layer.rows, Both()) for layer in layers))
-                problems.append(Problem(W, stats, stack, tuple(layer.name for layer in layers)))
+                names = tuple(layer.name for layer in layers)
+                problems.append(Problem(W, stats, stack, names, loop=column_loop()))
                 members.extend(layers)
 
         if method.needs:

@@ -36,8 +36,9 @@ from ..core import (
     Solved,
     Stack,
     Stats,
-    merge,
+    Tally,
 )
+from ..kernels.columns import column_loop
 from ..models import Block, Linear, Run
 from .layers import constraint_for, wanted
 from .recipe import Step
@@ -124,7 +125,7 @@ def stream_block(
         if spill:
             spill.put(i, runs[i].state)
     for number, stage in enumerate(block.stages):
-        stats: Stats | None = None
+        tally = Tally(stage[0].columns, gram)
         waits = calibrate is not None and block.operators is not None and block.operators.waits(number)
         if waits:
             assert calibrate is not None and block.operators is not None
@@ -138,13 +139,11 @@ def stream_block(
             elif number:
                 run.advance()
             if watch is None or i < watch:
-                seen = Stats.of(run.input().flatten(0, -2), gram)
-                stats = seen if stats is None else merge(stats, seen)
+                tally.add(run.input())
             if spill:
                 spill.put(i, run.state)
-        assert stats is not None
-        visit(stage, stats)
-        give_back()
+        visit(stage, tally.stats())
+        del tally
     outputs = []
     for i, run in enumerate(runs):
         if spill:
@@ -224,7 +223,7 @@ def _solve_stack(
     W = torch.cat([weights[layer.name] for layer in layers])
     names = tuple(layer.name for layer in layers)
     problem, solved = (
-        Problem(W, stats, Stack(((len(W), Both()),)), names, None, factors, _stacked(layers, extras)),
+        Problem(W, stats, Stack(((len(W), Both()),)), names, None, factors, _stacked(layers, extras), column_loop()),
         None,
     )
     patterns = ["dense"] * len(layers)

@@ -133,6 +133,7 @@ template <class B> void block(int rows, int k, const float *a, int64_t lda, cons
 } // namespace
 } // namespace lissom
 
+#include "columns_ops.h"
 #ifdef LISSOM_AVX2
 #include "strip_avx2.h"
 #else
@@ -144,7 +145,7 @@ const Ops *LISSOM_OPS() {
 #if defined(LISSOM_WANT_AVX2) && !defined(LISSOM_AVX2)
     return nullptr; // the compiler has no AVX2 for this target
 #else
-    static const Ops table = {LISSOM_OPS_NAME, strip, quantize, block<uint16_t>, block<int8_t>, nibbles, exps, rmsnorm, silu_mul, bcq_strip};
+    static const Ops table = {LISSOM_OPS_NAME, strip, quantize, block<uint16_t>, block<int8_t>, nibbles, exps, rmsnorm, silu_mul, bcq_strip, decide};
     return &table;
 #endif
 }
