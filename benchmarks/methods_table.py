@@ -1,6 +1,6 @@
 """Every pruning method at every sparsity and pattern on the demo model, at a reduced cost; each row a saved and loaded artefact.
 
-    .venv/bin/python benchmarks/methods_table.py [--only PATTERN] [--list] [--render]
+    .venv/bin/python benchmarks/methods_table.py [--only PATTERN] [--minutes M] [--list] [--render]
 
 Protocol: 8 × 512 calibration tokens of WikiText-2 valid, seed 0; perplexity and KL (dense ‖ pruned, nats a token) of the first 8
 windows of 256 tokens of the raw test text. The demo model is converted to dense float32 safetensors once. Every row runs in a
@@ -156,6 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model", nargs="?", default="demo")
     parser.add_argument("--only", default="")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no row after so many")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--render", action="store_true")
     options = parser.parse_args()
@@ -171,7 +172,10 @@ def main() -> None:
         text = tokenize(open_model(source).tokenizer(), load_text(str(DATA / "test.raw.txt")))
         ids = windows(text, PROTOCOL["windows"], PROTOCOL["window"])
         forked(keep_reference, source, ids)
+        started = time.monotonic()
         for name, column in waiting:
+            if time.monotonic() - started > 60 * options.minutes:
+                break
             result = forked(row, source, steps_of(name, column), ids)
             if isinstance(result, Exception):
                 result = {"failed": f"{type(result).__name__}: {result}"}
