@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import statistics
 from pathlib import Path
@@ -62,6 +63,16 @@ TABLES: dict[str, dict[str, list[str]]] = {
 
 def path_of(name: str) -> Path:
     return KEPT / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
+
+
+def claimed(lock: Path) -> bool:
+    """Whether this process may run the row: no other living one has it."""
+    try:
+        os.kill(int(lock.read_text()), 0)
+        return False
+    except (OSError, ValueError):
+        lock.write_text(str(os.getpid()))
+        return True
 
 
 def found(name: str) -> dict | None:
@@ -218,7 +229,10 @@ def main() -> None:
             if options.list or path_of(name).exists():
                 print(f"{table:10} {name:42} {number(perplexity(name))}")
                 continue
+            if not claimed(path_of(name).with_suffix(".running")):
+                continue
             result = measure(name, arguments)
+            path_of(name).with_suffix(".running").unlink()
             path_of(name).write_text(json.dumps(result, indent=1), encoding="utf-8")
             print(f"{table:10} {name:42} {result['evaluate']['perplexity']:.2f}", flush=True)
     render()
