@@ -36,7 +36,7 @@ from .data import CalibrationSet, embed, load_calibration
 from .folding import folded_model
 from .healing import heal, training_steps
 from .lock import alone
-from .operating import calibrator, operated, with_scales
+from .operating import calibrator, operated, samples_for, with_scales
 from .planning import Plan
 from .recipe import Step
 from .shapes import structured_plan
@@ -49,7 +49,6 @@ from .trials import Budgets
 from .verify import verify
 from .workdir import check_writable, dump_json, first_sample, hidden_files, keep_hidden, start
 
-_ERROR_SAMPLES = 4  # samples for the reported errors of methods that need no data themselves
 Tick = Callable[[str, int, int], None]
 Note = Callable[[str], None]
 
@@ -77,8 +76,8 @@ def plan(
         model.checkpoint.tokenizer(), checked.calibration, model.config.vocab_size, needs_held_out(made)
     )
     with tempfile.TemporaryDirectory() as folder:
-        budgets, record = size_budgets(model, made, data, Path(folder), tick)
-    return with_choice(made, budgets, record)
+        _, record = size_budgets(model, made, data, Path(folder), tick)
+    return with_choice(made, record)
 
 
 @torch.no_grad()
@@ -132,7 +131,7 @@ def _compress(
     data = load_calibration(checkpoint.tokenizer(), checked.calibration, model.config.vocab_size, needs_held_out(made))
     needs = any(step.method.needs or step.constraint.shots > 1 for step in checked.steps)
     if not needs and checked.target is None:
-        data = replace(data, ids=data.ids[:_ERROR_SAMPLES])
+        data = replace(data, ids=data.ids[: samples_for(checked)])
     for warning in made.warnings:
         _say(note, f"note: {warning}")
     identity = {
@@ -155,7 +154,7 @@ def _compress(
     )
     model, folded = folded_model(model, checked, data.ids, work / "folded", tick)
     stages["structured"] = time.perf_counter() - clock
-    model = operated(model, checked)
+    model = operated(model, checked, data.ids, work / "cache.json")
 
     clock = time.perf_counter()
     dtype = artefact_dtype(model, checked.save.dtype)
@@ -236,6 +235,7 @@ def _compress(
         work / "run.json",
         work / "budgets.json",
         work / "targets.json",
+        work / "cache.json",
         *work.glob("records-*.json"),
         *work.glob("gradients-*.safetensors"),
         *work.glob("trials-*.json"),
@@ -330,7 +330,7 @@ def _solve_block(
     budgets: Budgets,
     waiting: Spill | None,
     note: Note | None,
-    calibrate: Callable[[Tensor], float] | None = None,
+    calibrate: Callable[[Tensor, Tensor], float] | None = None,
     watch: int | None = None,
 ) -> tuple[list[LayerRecord], list[Tensor], list[Tensor]]:
     """Solve and encode one block; returns its layers' records and what it gives to the next block, in both streams.

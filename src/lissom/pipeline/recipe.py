@@ -127,7 +127,7 @@ def implied(name: str) -> dict[str, Any] | None:
     elif "zeros" in method.makes:
         steps, save = [{"use": name, "sparsity": 0.5}], "dense"
     else:
-        steps, save = [{"use": name, "bits": 4, "group_size": 128}], "dense" if "forms" in method.makes else "packed"
+        steps, save = [{"use": name, "bits": 4, "group_size": 128}], "packed"
     return {"name": name, "summary": f"{method.summary} ({method.source})", "steps": steps, "save": {"format": save}}
 
 
@@ -175,7 +175,7 @@ def read(source: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]], o
     target = build(Target, sections["target"], "target", problems) if sections["target"] else None
     if target:
         problems += problems_of(target, steps, save.format, overrides)
-        steps = tuple(_freed(step) for step in steps if step.method.kind != "allocation")
+        steps = _freed([step for step in steps if step.method.kind != "allocation"])
     recipe = Recipe(str(data.get("name") or name), steps, str(data.get("summary") or ""), save, calibration, target)
     problems += _check(recipe)
     if problems:
@@ -285,11 +285,17 @@ def _compared_everywhere(steps: tuple[Step, ...]) -> tuple[Step, ...]:
     return tuple(out)
 
 
-def _freed(step: Step) -> Step:
-    """The step without the settings that a target chooses; 4 bits stand for whatever they will be."""
-    if step.method.kind != "solver":
-        return step
-    return replace(step, constraint=replace(step.constraint, sparsity=None, pattern="unstructured", bits=4))
+def _freed(steps: Sequence[Step]) -> tuple[Step, ...]:
+    """The steps without the settings that a target chooses; half of the weights in 4 bits stand for whatever they will be."""
+    solvers = [step for step in steps if step.method.kind == "solver"]
+    out = []
+    for step in steps:
+        if step.method.kind == "solver":
+            last = step is solvers[-1]
+            free = {"sparsity": None if last else 0.5, "pattern": "unstructured", "bits": 4 if last else 16}
+            step = replace(step, constraint=replace(step.constraint, **free))
+        out.append(step)
+    return tuple(out)
 
 
 TRAINED = ("gates", "projection")  # kinds of structured steps that train the whole model
@@ -387,9 +393,15 @@ def _check(recipe: Recipe) -> list[str]:
         out.append(f"calibration: samples ≥ 1 and length ≥ 2 are needed, not {c.samples} × {c.length}")
     out += textless_problems(recipe) if c.data == NONE else []
     odd = [t.name for t in recipe.steps if "forms" in t.method.makes and t.constraint.bits != 16]
-    if odd and recipe.save.format != "dense":
+    if odd and recipe.save.format not in ("packed", "dense"):
         out.append(
-            f"save: format {recipe.save.format} holds uniform integer grids, and {odd[0]} makes another form; use format dense"
+            f"save: format {recipe.save.format} holds uniform integer grids, and {odd[0]} makes another form; use format "
+            "packed, or dense"
+        )
+    if odd and any(s.method.kind == "training" for s in recipe.steps):
+        out.append(
+            f"step {len(recipe.steps)} ({recipe.steps[-1].name}): trains codes of uniform grids and plain weights; what {odd[0]} "
+            "makes would be lost"
         )
     s = recipe.save
     if s.format not in FORMATS:

@@ -99,7 +99,7 @@ def stream_block(
     gram: bool = True,
     spill: Spill | None = None,
     watch: int | None = None,
-    calibrate: Callable[[Tensor], float] | None = None,
+    calibrate: Callable[[Tensor, Tensor], float] | None = None,
     bins: int = 0,
 ) -> list[Tensor]:
     """Outputs of the block for every batch; ``visit`` is called once a stage, and may set weights.
@@ -108,7 +108,7 @@ def stream_block(
 
     ``hidden``: (batch, tokens, width) each; the list is emptied as it is used. ``watch``: only the first so many
     batches feed the statistics (the others are held-out text that just goes along). ``calibrate``: a sample of a stage's
-    inputs, their largest magnitude among them → the static scale, where the block's operators ask for one; from there on,
+    inputs and the largest magnitude of each calibration sample → the static scale, where the block's operators ask for one; from there on,
     statistics and products see the rounded inputs. ``bins``: of the inputs' histograms, whose entropy the statistics then have.
     """
     runs = []
@@ -122,8 +122,7 @@ def stream_block(
         waits = calibrate is not None and block.operators is not None and block.operators.waits(number)
         if waits:
             assert calibrate is not None and block.operators is not None
-            sample = _sample_of(runs, number, watch, spill)
-            block.operators.scales[number] = calibrate(sample)
+            block.operators.scales[number] = calibrate(*_sample_of(runs, number, watch, spill))
         for i, run in enumerate(runs):
             if spill:
                 spill.get(i, run.state)
@@ -168,9 +167,9 @@ def histogram_bins(steps: Sequence[Step]) -> int:
     return max((s.config.bins for s in steps if "entropy" in s.method.needs), default=0)
 
 
-def _sample_of(runs: Sequence[Run], stage: int, watch: int | None, spill: Spill | None) -> Tensor:
-    """Brings all runs to ``stage`` and returns about :data:`_SAMPLE` of its inputs, evenly spaced, and the largest one."""
-    top, parts = torch.zeros(1), []
+def _sample_of(runs: Sequence[Run], stage: int, watch: int | None, spill: Spill | None) -> tuple[Tensor, Tensor]:
+    """Brings all runs to ``stage``; about :data:`_SAMPLE` of its inputs, evenly spaced, and the largest magnitude by sample."""
+    tops, parts = [], []
     share = max(1, _SAMPLE // len(runs))
     for i, run in enumerate(runs):
         if spill:
@@ -178,12 +177,13 @@ def _sample_of(runs: Sequence[Run], stage: int, watch: int | None, spill: Spill 
         if stage:
             run.advance()
         if watch is None or i < watch:
-            x = run.input().flatten()
-            top = torch.maximum(top, x.abs().max()[None])
-            parts.append(x[:: -(-len(x) // share)].clone())
+            x = run.input()
+            tops.append(x.abs().amax((1, 2)))
+            flat = x.flatten()
+            parts.append(flat[:: -(-len(flat) // share)].clone())
         if spill:
             spill.put(i, run.state)
-    return torch.cat([*parts, top])
+    return torch.cat(parts), torch.cat(tops)
 
 
 @dataclass(frozen=True)
