@@ -306,7 +306,7 @@ def _blocks(
         block = model.load_block(i)
         here, hidden, dense = _solve_block(
             block, artefact, steps, extras(i), healing, hidden, dense, budgets, waiting, note,
-            calibrator(made.recipe), data.watch,
+            calibrator(made.recipe), data,
         )  # fmt: skip
         artefact.block(i, block)
         dump_json(work / f"records-{i:05d}.json", [asdict(r) for r in here])
@@ -331,7 +331,7 @@ def _solve_block(
     waiting: Spill | None,
     note: Note | None,
     calibrate: Callable[[Tensor, Tensor], float] | None = None,
-    watch: int | None = None,
+    data: CalibrationSet | None = None,
 ) -> tuple[list[LayerRecord], list[Tensor], list[Tensor]]:
     """Solve and encode one block; returns its layers' records and what it gives to the next block, in both streams.
 
@@ -362,7 +362,9 @@ def _solve_block(
             if damping and damping > asked * 1.001:
                 _say(note, f"{layer.name}: damping raised to {damping:g} until the Gram matrix was positive definite")
 
-    hidden = stream_block(block, hidden, solve, gram, waiting, watch, calibrate, histogram_bins([s for s, _ in steps]))
+    watch, at_once = (data.watch, data.at_once) if data else (None, False)
+    bins = histogram_bins([s for s, _ in steps])
+    hidden = stream_block(block, hidden, solve, gram, waiting, watch, calibrate, bins, at_once)
     if healing:
         healed = work_on_block(block, solved, inputs, dense, targets, healing)
         keep([r.layer for r in healed], healed)

@@ -26,6 +26,7 @@ class CalibrationSet:
     held_out: Tensor
     text_tokens: int
     text: bool = True  # False: random tokens, from which nothing is learned
+    at_once: bool = False  # statistics once per block
 
     @property
     def watch(self) -> int | None:
@@ -54,7 +55,12 @@ def load_calibration(tokenizer: Any, settings: Calibration, vocabulary: int, hel
         cut = len(ids) * 4 // 5
         text = ids[:cut]
         apart = samples(ids[cut:], held_out, settings.length, settings.seed + 1)
-    return CalibrationSet(samples(text, settings.samples, settings.length, settings.seed), apart, len(ids))
+    return CalibrationSet(
+        samples(text, settings.samples, settings.length, settings.seed),
+        apart,
+        len(ids),
+        at_once=settings.statistics == "block",
+    )
 
 
 @torch.no_grad()

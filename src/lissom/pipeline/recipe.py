@@ -20,7 +20,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -48,13 +48,15 @@ NONE = "none"  # of calibration text
 @dataclass(frozen=True)
 class Calibration:
     """``data`` a name or file, or "none": no text, inputs are taken as white; ``samples`` × ``length`` tokens; ``allocation_samples`` for the pass of an
-    allocation (None: a quarter, at least 8)."""
+    allocation (None: a quarter, at least 8); ``statistics`` of a layer's inputs after all ``stage``s before it were
+    compressed, or once per ``block``, before any of its layers."""
 
     data: str = "builtin"
     samples: int = 128
     length: int = 512
     seed: int = 0
     allocation_samples: int | None = None
+    statistics: Literal["stage", "block"] = "stage"
 
 
 @dataclass(frozen=True)

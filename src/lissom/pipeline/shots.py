@@ -113,6 +113,7 @@ def _shoot(
         chain_of(plan, budgets),
         extras=extras,
         watch=data.watch,
+        at_once=data.at_once,
         keep=keep,
         tick=(lambda d, n: tick(label, d, n)) if tick else None,
     )

@@ -101,6 +101,7 @@ def stream_block(
     watch: int | None = None,
     calibrate: Callable[[Tensor, Tensor], float] | None = None,
     bins: int = 0,
+    at_once: bool = False,
 ) -> list[Tensor]:
     """Outputs of the block for every batch; ``visit`` is called once a stage, and may set weights.
 
@@ -109,8 +110,19 @@ def stream_block(
     ``hidden``: (batch, tokens, width) each; the list is emptied as it is used. ``watch``: only the first so many
     batches feed the statistics (the others are held-out text that just goes along). ``calibrate``: a sample of a stage's
     inputs and the largest magnitude of each calibration sample → the static scale, where the block's operators ask for one; from there on,
-    statistics and products see the rounded inputs. ``bins``: of the inputs' histograms, whose entropy the statistics then have.
+    statistics and products see the rounded inputs. ``at_once``: all stages\' statistics are of the block as it was loaded,
+    and taken before any is visited; costs a second forward.
+    ``bins``: of the inputs' histograms, whose entropy the statistics then have.
     """
+    if at_once:
+        gathered: list[tuple[tuple[Linear, ...], Stats]] = []
+        stream_block(block, list(hidden), lambda *stage: gathered.append(stage), gram, spill, watch, calibrate, bins)
+        for stage in gathered:
+            visit(*stage)
+        for i in range(len(hidden)):
+            hidden[i] = block.forward(hidden[i])
+        give_back()
+        return hidden
     runs = []
     for i in range(len(hidden)):
         runs.append(block.start(hidden[i]))
@@ -303,11 +315,12 @@ def solve_blocks(
     *,
     extras: Extras | None = None,
     watch: int | None = None,
+    at_once: bool = False,
     visit: Callable[[LayerResult], None] | None = None,
     keep: Callable[[int, Block], None] | None = None,
     tick: Callable[[int, int], None] | None = None,
 ) -> list[Tensor]:
-    """All blocks in turn, solved in memory; hidden states after the last. ``watch``: as of :func:`stream_block`.
+    """All blocks in turn, solved in memory; hidden states after the last. ``watch``, ``at_once``: as of :func:`stream_block`.
 
     ``visit`` sees every solved layer, ``keep`` every solved block with its number.
     """
@@ -322,7 +335,7 @@ def solve_blocks(
                 if visit:
                     visit(result)
 
-        hidden = stream_block(block, hidden, solve, gram, watch=watch, bins=bins)
+        hidden = stream_block(block, hidden, solve, gram, watch=watch, bins=bins, at_once=at_once)
         if keep:
             keep(i, block)
         if tick:

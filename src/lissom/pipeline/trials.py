@@ -83,6 +83,7 @@ def trial(
         chain,
         extras=extras,
         watch=watch,
+        at_once=data.at_once,
         visit=visit,
         tick=(lambda done, total: tick(label, done, total)) if tick else None,
     )
