@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import Binary, CheckpointError, Codes, LissomError, NumericalError
+from ..core import Binary, CheckpointError, Codes, LissomError, NumericalError, Stored
 from ..core.grid import spread_groups
 from ..export import open_model
 from ..kernels import Packed, PackedBinary
@@ -141,8 +141,11 @@ class _Loader:
         return self.model.checkpoint.tensor(name).float().tolist()
 
     def pack(self, name: str) -> Packed | PackedBinary:
-        codes = stored_codes(self.model.checkpoint, name)
-        if codes is not None:
+        codes, form = stored_codes(self.model.checkpoint, name)
+        if isinstance(form, Binary):
+            packed = PackedBinary(form.signs, form.alpha, form.offset, form.group_size)
+            self.layers.forms[name] = f"binary × {len(form.signs)}"
+        elif codes is not None:
             packed = Packed(codes, codes.values != spread_groups(codes.zero, codes.values.shape[1], codes.group_size))
             self.layers.forms[name] = str(packed.form)
         elif self.compress is not None:
@@ -169,12 +172,18 @@ class _Loader:
         return packed
 
 
-def stored_codes(checkpoint: Any, name: str) -> Codes | None:
-    """The codes of the layer ``name`` where the checkpoint stores codes that the kernels can read."""
+def stored_codes(checkpoint: Any, name: str) -> tuple[Codes | None, Stored | None]:
+    """The codes, or another form, of the layer ``name`` where the checkpoint stores what the kernels can read."""
     read = getattr(checkpoint, "layer", None)
-    codes = read(name).codes if read is not None else None
-    fits = codes is not None and (codes.group_size >= codes.values.shape[1] or codes.group_size % 32 == 0)
-    return codes if fits else None
+    if read is None:
+        return None, None
+    layer = read(name)
+    codes, form = layer.codes, layer.form
+    if codes is not None and codes.group_size < codes.values.shape[1] and codes.group_size % 32:
+        codes = None
+    if isinstance(form, Binary) and (form.group_size % 32 or form.signs.shape[2] % 32):
+        form = None
+    return codes, form
 
 
 def window(model: Model) -> int | None:
