@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.errors import LissomError
-from ..kernels.native import extension
+from ..core.errors import CheckpointError, LissomError
+from ..kernels.native import extension, isa
 from .parts import ROLES, VECTORS, Layers, Parts
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Engine:
 
     ``source``: :class:`Parts` (which engines can share), a ``Model``, or whatever ``open_model`` takes. ``context``:
     positions of the cache, shared by all ``slots`` (sequences in flight). ``threads``: None = all cores.
-    ``cache_bits``: 16, 8 or 4. ``compress`` and ``outer_bits``: see :func:`lissom.run.load.load`.
+    ``cache_bits``: 16, 8 or 4; None = what the checkpoint records, else 16. ``compress`` and ``outer_bits``: see :func:`lissom.run.load.load`.
     Raises :class:`CheckpointError` for architectures that it cannot run.
     """
 
@@ -45,7 +45,7 @@ class Engine:
         threads: int | None = None,
         context: int | None = None,
         slots: int = 1,
-        cache_bits: int = 16,
+        cache_bits: int | None = None,
         compress: Compress | None = None,
         outer_bits: int = 8,
     ):
@@ -54,13 +54,15 @@ class Engine:
                 "lissom was installed without its C++ kernels (no compiler was found): install one and run "
                 "`pip install --force-reinstall --no-deps lissom`"
             )
-        if cache_bits not in (4, 8, 16):
+        if cache_bits not in (None, 4, 8, 16):
             raise LissomError(f"the cache has 16, 8 or 4 bits, not {cache_bits}")
         if not isinstance(source, Parts):
             from .load import load
 
             source = load(source, compress, outer_bits)
         self.parts: Parts = source
+        self.isa = isa()
+        self.cache_bits = cache_bits or _cache_bits(source)
         self.threads = threads or _cores()
         self.limit = source.limit  # positions of one sequence
         self.context = context or min(self.limit, 4096)
@@ -68,11 +70,13 @@ class Engine:
         spec = extension.Spec()
         for name, value in source.sizes.items():
             setattr(spec, name, value)
-        spec.blocks, spec.slots, spec.cache_bits = -(-self.context // BLOCK) + slots - 1, slots, cache_bits
+        spec.blocks, spec.slots, spec.cache_bits = -(-self.context // BLOCK) + slots - 1, slots, self.cache_bits
         self._core = extension.Engine(spec, self.threads)
         for i, block in enumerate(source.blocks):
             vectors = (block.vectors[name] for name in VECTORS)
             self._core.set_block(i, *(block.weights[role] for role in ROLES), *vectors)
+        for i, grids in enumerate(source.recorded.inputs):
+            self._core.set_grids(i, [bits for bits, _ in grids], [scale for _, scale in grids])
         self._core.set_outer(source.embedding, source.head, source.norm, source.frequency)
 
     @property
@@ -163,3 +167,14 @@ class Engine:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cache_bits(parts: Parts) -> int:
+    recorded = parts.recorded
+    if recorded.cache_lacks:
+        raise CheckpointError(
+            f"{parts.source} was made for {recorded.cache_lacks}, which the engine does not have (its caches have 16, 8 or 4 bits "
+            "and grids of a token): give cache_bits (--cache-bits) to run it with one of those instead; `lissom evaluate` "
+            "measures it as recorded"
+        )
+    return recorded.cache_bits or 16
