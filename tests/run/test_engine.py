@@ -150,6 +150,25 @@ def test_inputs_are_rounded_as_in_torch(bits):
         assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_sliding_window_gives_its_cache_back(tmp_path, bits):
+    """A text four times as long as the cache, with the logits of a cache that holds it all."""
+    tiny_model("mistral", tmp_path, sliding_window=40, max_position_embeddings=1200)
+    small = Engine(tmp_path, context=320, cache_bits=bits)
+    large = Engine(small.parts, context=1200, cache_bits=bits)
+    ids = tokens(1100)
+    assert small.longest == 1200 and small.blocks_for(1200) * 32 <= 320
+    for engine in (small, large):
+        engine.prefill(ids[:1000], chunk=100)
+    for i in range(1000, 1100):
+        assert np.array_equal(small.step(ids[i : i + 1], 0, i), large.step(ids[i : i + 1], 0, i))
+    assert small.free_positions >= 320 - 32 * small.blocks_for(1200)
+    with pytest.raises(ValueError, match="left behind"):
+        small.step(ids[500:501], 0, 500)
+    small.release()
+    assert small.free_positions == 320
+
+
 @pytest.mark.parametrize("static", [True, False])
 def test_recorded_activations_are_rounded(llama, tmp_path, static):
     """With the recorded grid the engine agrees with torch, without it not."""

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .load import Compress
 
 BLOCK = 32  # positions of a block of the cache, fixed in C++
+RETURN = 64  # positions that stay in the cache behind a sliding window, fixed in C++: what a draft may take back
+CHUNK = 128  # tokens of a prompt that one step reads
 
 
 class ContextError(LissomError):
@@ -93,6 +95,21 @@ class Engine:
         return self._core.free_blocks * BLOCK
 
     @property
+    def window(self) -> int:
+        """Positions that a token sees, 0 = all."""
+        return int(self.parts.sizes["window"])
+
+    def blocks_for(self, positions: int) -> int:
+        """Blocks of the cache that a sequence of ``positions`` holds at most: a sliding window gives the old ones back."""
+        whole = -(-positions // BLOCK)
+        return min(whole, -(-(self.window + RETURN + CHUNK) // BLOCK) + 2) if self.window else whole
+
+    @property
+    def longest(self) -> int:
+        """Positions that one sequence may have: those of the model, and of the cache unless a sliding window fits into it."""
+        return self.limit if self.blocks_for(self.limit) * BLOCK <= self.context else min(self.limit, self.context)
+
+    @property
     def cache_bytes(self) -> int:
         return self._core.cache_bytes
 
@@ -128,7 +145,7 @@ class Engine:
         self._guard(self._core.step, ids, where, at, flags, logits)
         return logits
 
-    def prefill(self, tokens: Sequence[int], slot: int = 0, start: int = 0, chunk: int = 128) -> NDArray[np.float32]:
+    def prefill(self, tokens: Sequence[int], slot: int = 0, start: int = 0, chunk: int = CHUNK) -> NDArray[np.float32]:
         """Run a prompt in chunks; logits (vocabulary,) after its last token."""
         ids = np.asarray(tokens, np.int32)
         logits = np.empty((1, self.vocabulary), np.float32)

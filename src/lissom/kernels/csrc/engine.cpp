@@ -176,9 +176,22 @@ void Engine::run(int thread, float *logits) {
     });
 }
 
+// Gives back the blocks that no later token can see. RETURN positions are kept for drafts that turn out wrong.
+void Engine::slide(const int *slots, const int *positions, int n) {
+    for (int t = 0; t < n; t++) {
+        if (t && slots[t] == slots[t - 1] && positions[t] > positions[t - 1]) continue; // the first of a run has the lowest
+        const int oldest = std::max(0, positions[t] - spec_.window + 1);
+        if (cache.first(slots[t]) > oldest / POSITIONS) throw std::invalid_argument("a position that the sliding window left behind");
+        bool lowest = true; // of its slot in this step
+        for (int i = 0; i < n; i++) lowest &= slots[i] != slots[t] || positions[i] >= positions[t];
+        if (lowest) cache.forget(slots[t], std::max(0, oldest - RETURN) / POSITIONS);
+    }
+}
+
 void Engine::step(const int *tokens, const int *slots, const int *positions, const uint8_t *want, int n, float *logits) {
     const Spec &m = spec_;
     tokens_ = tokens, slots_ = slots, positions_ = positions, n_ = n;
+    if (m.window > 0) slide(slots, positions, n);
     for (int t = 0; t < n; t++) cache.reserve(slots[t], positions[t]);
     attention_.plan(slots, positions, n, cache);
     wanted_.clear();

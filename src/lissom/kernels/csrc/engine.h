@@ -10,6 +10,8 @@
 
 namespace lissom {
 
+constexpr int RETURN = 64; // positions that stay in the cache behind a sliding window
+
 struct Spec {
     int layers = 0, width = 0, heads = 0, kv_heads = 0, head_dim = 0, inner = 0, vocabulary = 0;
     int rotary = 0;  // rotated dimensions of a head
@@ -68,6 +70,7 @@ class Engine {
     void heads_of(int layer, int token, int head);
     void attend(int layer, int thread);
     void run(int thread, float *logits);
+    void slide(const int *slots, const int *positions, int n);
 
     Spec spec_;
     Pool pool_;
