@@ -308,3 +308,14 @@ def test_binary_coded_layers(tmp_path):
             block.set_weight(linear.name, kept[linear.name])
         h = block.forward(h)
     assert divergence(model.head(h)[0].detach(), engine.step(ids, want="all")) < 3e-3
+
+
+def test_a_binary_coded_checkpoint_runs_as_it_is_stored(tmp_path):
+    import lissom
+
+    tiny_model("llama", tmp_path / "dense", hidden_size=64, intermediate_size=96)
+    recipe = {"steps": [{"use": "bcq", "bits": 3, "group_size": 32, "rounds": 2}], "save": {"format": "packed"}}
+    lissom.compress(tmp_path / "dense", tmp_path / "out", recipe, overrides=["samples=1", "length=16"])
+    engine = Engine(tmp_path / "out", threads=1)
+    names = [n for n in engine.layers.forms if "_proj" in n]
+    assert len(names) == 14 and all(engine.layers.forms[n] == "binary × 3" for n in names)

@@ -79,6 +79,7 @@ __all__ = [
     "damped",
     "factorise",
     "gram_product",
+    "grid_of",
     "keep_largest",
     "merge",
     "stored_bits",

@@ -25,6 +25,7 @@ from .stored import (
     Stacked,
     Stored,
     TwoLevel,
+    grid_of,
     stored_bits,
 )
 from .sweep import sweep

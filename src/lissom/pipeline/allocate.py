@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core import Both, Budget, LayerSummary, Problem, Stack
 from ..evaluate import token_losses
+from ..methods.allocate.budget import in_groups
 from ..models import Linear, Model
 from .data import CalibrationSet, embed
 from .layers import wanted
@@ -47,11 +48,11 @@ def budgets_for(
         trials: dict[float, float] = {}
         if getattr(config, "spread", None) == "auto":
             for spread in config.spreads:
-                budget = allocation.method.run(summaries, target, dataclasses.replace(config, spread=spread))
+                budget = share(allocation, summaries, target, dataclasses.replace(config, spread=spread), step)
                 trials[spread] = trial_loss(model, plan, {**budgets, index: budget}, data, tick, f"spread {spread:g}")
             best = min(trials, key=lambda s: (trials[s], s))
             config = dataclasses.replace(config, spread=best)
-        budgets[index] = allocation.method.run(summaries, target, config)
+        budgets[index] = share(allocation, summaries, target, config, step)
         record[step.name] = {
             "allocation": allocation.name,
             "target": target,
@@ -61,6 +62,12 @@ def budgets_for(
             "cluster": dict(budgets[index].cluster),
         }
     return budgets, record
+
+
+def share(allocation: Step, summaries: list[LayerSummary], target: float, config: Any, step: Step) -> Budget:
+    """The allocation's budget, in whole groups where ``step`` prunes N of M with N free."""
+    budget, m = allocation.method.run(summaries, target, config), step.constraint.free_m
+    return in_groups(budget, summaries, target, m) if m and budget.quantity == "sparsity" else budget
 
 
 def summarise(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import Both, Grid, Problem, Solved, Stack, Stats
+from ..core import Both, Grid, Problem, Solved, Stack, Stats, grid_of
 from ..export import ArtefactWriter, CompressedTensors, Layout, StoredLayer, codec_named
 from ..models import Block, Linear, Model
 from ..models.operators import KEY
@@ -106,8 +106,7 @@ class Artefact:
             bits = grid.bits if grid and layer.stage in grid.stages else None
             layout = Layout(self.dtype, pattern, transposed, bits, bool(grid and grid.static))
             stored, size = self.store(layer.name, result.solved, layout)
-            codes = result.solved.codes
-            bits, group = (codes.bits, codes.group_size) if codes else (16, None)
+            bits, group = grid_of(result.solved.codes or result.solved.stored) or (16, None)
         scale = block.operators.scales.get(layer.stage) if block.operators else None
         if scale is not None and isinstance(self.codec, CompressedTensors):
             self._pending[f"{layer.name}.input_scale"] = torch.tensor([scale], dtype=torch.float16)

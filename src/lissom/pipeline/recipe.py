@@ -163,7 +163,7 @@ def implied(name: str) -> dict[str, Any] | None:
     elif "zeros" in method.makes:
         steps, save = [{"use": name, "sparsity": 0.5}], "dense"
     else:
-        steps, save = [{"use": name, "bits": 4, "group_size": 128}], "dense" if "forms" in method.makes else "packed"
+        steps, save = [{"use": name, "bits": 4, "group_size": 128}], "packed"
     return {"name": name, "summary": f"{method.summary} ({method.source})", "steps": steps, "save": {"format": save}}
 
 
@@ -361,8 +361,17 @@ def _check(recipe: Recipe) -> list[str]:
         elif c.free_m:
             if not 2 <= c.free_m <= 32 or not c.sparsity:
                 out.append(f"{where}: pattern {c.pattern} needs 2 ≤ M ≤ 32 and a sparsity")
+            elif pending is None:
+                out.append(
+                    f"{where}: pattern {c.pattern} takes N from an allocation; put one before the step, such as uniform or loss-clusters"
+                )
         elif c.pattern != "unstructured":
             out.append(f"{where}: pattern must be 'unstructured', 'N:M' such as '2:4', or 'n:16', not {c.pattern!r}")
+        if c.nm and pending and pending.name != "bits":
+            out.append(
+                f"{where}: pattern {c.pattern} leaves {pending.name} nothing to share; "
+                f"give pattern n:{c.nm[1]} with a sparsity, or drop the allocation"
+            )
         if c.bits != 16 and not 2 <= c.bits <= 8:
             out.append(f"{where}: bits must be 2 … 8, or 16 for not quantized, not {c.bits}")
         if c.group_size < 0:
@@ -395,9 +404,15 @@ def _check(recipe: Recipe) -> list[str]:
     if c.samples < 1 or c.length < 2:
         out.append(f"calibration: samples ≥ 1 and length ≥ 2 are needed, not {c.samples} × {c.length}")
     odd = [t.name for t in recipe.steps if "forms" in t.method.makes and t.constraint.bits != 16]
-    if odd and recipe.save.format != "dense":
+    if odd and recipe.save.format not in ("packed", "dense"):
         out.append(
-            f"save: format {recipe.save.format} holds uniform integer grids, and {odd[0]} makes another form; use format dense"
+            f"save: format {recipe.save.format} holds uniform integer grids, and {odd[0]} makes another form; use format "
+            "packed, or dense"
+        )
+    if odd and any(s.method.kind == "training" for s in recipe.steps):
+        out.append(
+            f"step {len(recipe.steps)} ({recipe.steps[-1].name}): trains codes of uniform grids and plain weights; what {odd[0]} "
+            "makes would be lost"
         )
     s = recipe.save
     if s.format not in FORMATS:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import Binary, CheckpointError, Codes, LissomError, NumericalError
+from ..core import Binary, CheckpointError, Codes, LissomError, NumericalError, Stored
 from ..core.grid import spread_groups
 from ..export import open_model
 from ..kernels import Packed, PackedBinary, extension
@@ -160,18 +160,19 @@ class _Loader:
         return self.model.checkpoint.tensor(name).float().tolist()
 
     def pack(self, layers: Layers, name: str) -> Any:
-        codes = stored_codes(self.model.checkpoint, name)
+        codes, form = stored_codes(self.model.checkpoint, name)
+        mask = None
         if codes is not None:
-            packed = Packed(codes, codes.values != spread_groups(codes.zero, codes.values.shape[1], codes.group_size))
-            layers.forms[name], matrix = str(packed.form), packed.matrix
-        elif self.compress is not None:
+            mask = codes.values != spread_groups(codes.zero, codes.values.shape[1], codes.group_size)
+        elif self.compress is not None and not isinstance(form, Binary):
             made, mask = self.compress(name, self.model.checkpoint.tensor(f"{name}.weight").float())
-            if isinstance(made, Binary):
-                matrix = PackedBinary(made.signs, made.alpha, made.offset, made.group_size).matrix
-                layers.forms[name] = f"binary × {len(made.signs)}"
-            else:
-                packed = Packed(made, mask)
-                layers.forms[name], matrix = str(packed.form), packed.matrix
+            codes, form = (None, made) if isinstance(made, Binary) else (made, None)
+        if isinstance(form, Binary):
+            matrix = PackedBinary(form.signs, form.alpha, form.offset, form.group_size).matrix
+            layers.forms[name] = f"binary × {len(form.signs)}"
+        elif codes is not None:
+            packed = Packed(codes, mask)
+            layers.forms[name], matrix = str(packed.form), packed.matrix
         else:
             return self.round(layers, f"{name}.weight", 8, name, counted=True)
         layers.bytes += matrix.bytes
@@ -206,12 +207,18 @@ def _group(columns: int) -> int:
     return 64 if columns % 64 == 0 else 32 if columns % 32 == 0 else columns
 
 
-def stored_codes(checkpoint: Any, name: str) -> Codes | None:
-    """The codes of the layer ``name`` where the checkpoint stores codes that the kernels can read."""
+def stored_codes(checkpoint: Any, name: str) -> tuple[Codes | None, Stored | None]:
+    """The codes, or another form, of the layer ``name`` where the checkpoint stores what the kernels can read."""
     read = getattr(checkpoint, "layer", None)
-    codes = read(name).codes if read is not None else None
-    fits = codes is not None and (codes.group_size >= codes.values.shape[1] or codes.group_size % 32 == 0)
-    return codes if fits else None
+    if read is None:
+        return None, None
+    layer = read(name)
+    codes, form = layer.codes, layer.form
+    if codes is not None and codes.group_size < codes.values.shape[1] and codes.group_size % 32:
+        codes = None
+    if isinstance(form, Binary) and (form.group_size % 32 or form.signs.shape[2] % 32):
+        form = None
+    return codes, form
 
 
 def window(model: Model) -> int | None:

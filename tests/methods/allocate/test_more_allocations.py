@@ -12,7 +12,8 @@ from lissom.core import Both, LayerSummary, Problem, RecipeError, Sparse, Stack,
 from lissom.methods.allocate import METHODS
 from lissom.methods.allocate.alpha_pruning import AlphaPruning, alpha_pruning, hill, tail_exponent
 from lissom.methods.allocate.besa import BESA, besa, candidate_rates, summarise
-from lissom.methods.allocate.nm_layers import NMLayers, nm_layers, round_to_groups
+from lissom.methods.allocate.budget import round_to_groups
+from lissom.methods.allocate.nm_layers import NMLayers, nm_layers
 from lissom.methods.allocate.trace_steps import TraceSteps, trace_steps
 
 
@@ -98,7 +99,7 @@ def test_nm_layers_meets_the_target_and_follows_its_plan():
         n = 16 * (1 - budget.values[f"l{i}"])
         assert n == round(n) and abs(budget.values[f"l{i}"] - plan.values[f"l{i}"]) < 1 / 16
     assert set(nm_layers(rows, 0.75, NMLayers(m=8, plan="uniform")).values.values()) == {0.75}
-    with pytest.raises(RecipeError, match="choose a larger m"):
+    with pytest.raises(RecipeError, match="choose a larger M"):
         nm_layers(rows, 0.95, NMLayers(m=8))
 
 

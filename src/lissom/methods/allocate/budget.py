@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from ...core import RecipeError
+from ...core import Budget, LayerSummary, RecipeError
 
 
 def meet(values: Sequence[float], sizes: Sequence[int], target: float, low: float, high: float) -> list[float]:
@@ -46,3 +48,36 @@ def chosen(spread: float | str) -> float:
     if isinstance(spread, str):
         raise RecipeError("spread: auto is chosen by the pipeline on held-out text; give a number here")
     return spread
+
+
+def round_to_groups(sparsity: Sequence[float], sizes: Sequence[int], target: float, m: int) -> list[int]:
+    """N of every layer by largest remainder; ``sizes``: weights per layer.
+
+    All are rounded down first; then, while the model keeps too little (or too much), the layer with the largest remainder, of
+    those whose move brings the mean nearer to the target, keeps one more (or less) of every M. What is left is at most half
+    a step of the smallest layer that is free to move; layers of one size are never further than one step from their
+    plan, small layers beside large ones may be, to take up what the large ones leave.
+    """
+    wanted = [m * (1 - s) for s in sparsity]
+    kept = [min(m, max(1, math.floor(w + 1e-9))) for w in wanted]
+    missing = m * (1 - target) * sum(sizes) - sum(n * k for n, k in zip(sizes, kept, strict=True))
+    while True:
+        step = 1 if missing > 0 else -1
+        # a layer may move when that brings the mean nearer, within 1 … M
+        open_ = [i for i, n in enumerate(sizes) if n < 2 * abs(missing) * (1 - 1e-12) and 1 <= kept[i] + step <= m]
+        if not open_:
+            return kept
+        best = max(open_, key=lambda i: (step * (wanted[i] - kept[i]), sizes[i]))
+        kept[best] += step
+        missing -= step * sizes[best]
+
+
+def in_groups(budget: Budget, layers: Sequence[LayerSummary], target: float, m: int) -> Budget:
+    """The budget with every layer's sparsity a multiple of 1/M, so that it is N of M. Raises where M leaves no room."""
+    if not 2 <= m <= 32 or target > 1 - 1 / m:
+        raise RecipeError(
+            f"N of M: M = {m} must be 2 to 32 and leave one of {m} at sparsity {target:g}; choose a larger M"
+        )
+    sizes = [layer.size for layer in layers]
+    kept = round_to_groups([budget.values[layer.name] for layer in layers], sizes, target, m)
+    return replace(budget, values={layer.name: 1 - k / m for layer, k in zip(layers, kept, strict=True)})

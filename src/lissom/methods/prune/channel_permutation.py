@@ -24,11 +24,12 @@ from .ria import ria_score
 
 @dataclass(frozen=True)
 class ChannelPermutation:
-    """``pattern``: the N:M of the step that prunes. ``search``: ``zigzag``, ``assign`` (RIA) or ``swap`` (E-Sparse: zig-zag, then
+    """``pattern``: an N:M, or ``auto``, that of the first step that prunes; where its N is free (``n:16``), the N of its sparsity.
+    ``search``: ``zigzag``, ``assign`` (RIA) or ``swap`` (E-Sparse: zig-zag, then
     swaps within ``block`` channels, with ``seed``). ``rounds`` of assignment. ``power``: of the input norm in RIA's score.
     """
 
-    pattern: str = "2:4"
+    pattern: str = "auto"
     search: Literal["zigzag", "assign", "swap"] = "assign"
     rounds: int = 1
     block: int = 256
