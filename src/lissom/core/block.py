@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from .problem import Solved
+from .stats import Stats
 
 BlockForward = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 
@@ -20,7 +21,7 @@ class BlockProblem:
     same tokens in the dense model, ``targets``: the dense block's outputs for ``dense_inputs``; lists of equal length of
     (batch, tokens, width). ``forward(weights, hidden) -> hidden``: the block with the given layers' weights (out, in) in
     place of its own; differentiable in both. ``free``: layers whose zeros may stand anywhere (no N:M pattern). ``number``: of the
-    block, to be mixed into seeds.
+    block, to be mixed into seeds. ``stats``: of the layers' inputs in the compressed stream, where a method needs them.
     """
 
     solved: Mapping[str, Solved]
@@ -30,3 +31,4 @@ class BlockProblem:
     forward: BlockForward
     free: Collection[str] = ()
     number: int = 0
+    stats: Mapping[str, Stats] = field(default_factory=dict)
