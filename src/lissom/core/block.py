@@ -29,6 +29,6 @@ class BlockProblem:
     dense_inputs: Sequence[Tensor]
     targets: Sequence[Tensor]
     forward: BlockForward
-    free: Collection[str] = ()
     number: int = 0
     stats: Mapping[str, Stats] = field(default_factory=dict)
+    free: Collection[str] = ()

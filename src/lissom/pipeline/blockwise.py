@@ -55,7 +55,7 @@ def work_on_block(
     free = frozenset(r.layer.name for r in results if r.pattern == "unstructured")
     forward = forward_of(block)
     for step in steps:
-        problem = BlockProblem(solved, inputs, dense_inputs, targets, forward, free, block.number)
+        problem = BlockProblem(solved, inputs, dense_inputs, targets, forward, block.number, free=free)
         solved = step.method.run(problem, step.config)
         for name, one in solved.items():
             if not bool(torch.isfinite(one.weight).all()):
