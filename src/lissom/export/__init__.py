@@ -3,15 +3,18 @@
 from ..core import FormatError
 from .compressed import CompressedTensors
 from .dense import Dense
-from .layout import Codec, LayerPlan, Layout, StoredLayer
+from .gptq import GPTQ
+from .layout import Codec, LayerPlan, Layout, StoredLayer, form_name
 from .opened import OpenedCheckpoint, open_model
 from .packed import Packed, expected_bytes, packed_bits
-from .restore import load, unpack
+from .restore import dtype_of, load, unpack
 from .to_gguf import export_gguf
+from .to_onnx import export_onnx
 from .writer import ArtefactWriter
 
 CODECS: dict[str, Codec] = {
-    codec.name: codec for codec in (Dense(), Packed(), CompressedTensors(), CompressedTensors("int-quantized"))
+    codec.name: codec
+    for codec in (Dense(), Packed(), CompressedTensors(), CompressedTensors("int-quantized"), GPTQ(), GPTQ(version=2))
 }
 
 
@@ -24,6 +27,7 @@ def codec_named(name: str) -> Codec:
 
 __all__ = [
     "CODECS",
+    "GPTQ",
     "ArtefactWriter",
     "Codec",
     "CompressedTensors",
@@ -34,8 +38,11 @@ __all__ = [
     "Packed",
     "StoredLayer",
     "codec_named",
+    "dtype_of",
     "expected_bytes",
     "export_gguf",
+    "export_onnx",
+    "form_name",
     "load",
     "open_model",
     "packed_bits",

@@ -25,6 +25,7 @@ from typing import Any, Literal
 import yaml
 
 from ..core import Method, RecipeError
+from ..export import CODECS
 from ..methods import METHODS
 from .settings import build, suggest
 from .target import Target, problems_of
@@ -72,7 +73,7 @@ class ConstraintSettings:
 
 @dataclass(frozen=True)
 class Save:
-    """``format`` packed|dense|compressed-tensors; ``dtype`` of what is not quantized: auto|float16|bfloat16|float32;
+    """``format`` packed|dense|compressed-tensors|int-quantized|gptq|gptq-v2; ``dtype`` of what is not quantized: auto|float16|bfloat16|float32;
     ``embedding_bits`` 2–8 quantizes embedding and head by rounding to nearest (packed only), 16 leaves them."""
 
     format: str = "dense"
@@ -426,4 +427,4 @@ def _check(recipe: Recipe) -> list[str]:
     return out
 
 
-FORMATS = ("dense", "packed", "compressed-tensors")
+FORMATS = tuple(CODECS)
