@@ -187,11 +187,15 @@ def evaluate(
     against: Annotated[str | None, typer.Option("--against", help="A dense model: adds KL and agreement.")] = None,
     json: Json = False,
 ) -> None:
-    """Measure perplexity, bits per byte, bytes and sparsity of a checkpoint on disk."""
+    """Measure perplexity, bits per byte, bytes and sparsity of a checkpoint on disk; of an encoder, its embeddings and their similarities."""
     from ..evaluate import evaluate as run
+    from ..evaluate import is_encoder, similarity
 
     with show.bar(quiet=json) as tick:
-        result = run(model, data, length, windows or None, against, tick)
+        if is_encoder(model):
+            result = similarity(model, against, data, min(length, 64), windows or None, tick)
+        else:
+            result = run(model, data, length, windows or None, against, tick)
     _remember(model, result)
     if json:
         show.emit(result, True)

@@ -4,6 +4,7 @@ from ..core import FormatError
 from .compressed import CompressedTensors
 from .dense import Dense
 from .gptq import GPTQ
+from .integer import IntegerModel, is_integer, load_encoder, write_integer
 from .layout import Codec, LayerPlan, Layout, StoredLayer, form_name
 from .opened import OpenedCheckpoint, open_model
 from .packed import Packed, expected_bytes, packed_bits
@@ -32,6 +33,7 @@ __all__ = [
     "Codec",
     "CompressedTensors",
     "Dense",
+    "IntegerModel",
     "LayerPlan",
     "Layout",
     "OpenedCheckpoint",
@@ -43,8 +45,11 @@ __all__ = [
     "export_gguf",
     "export_onnx",
     "form_name",
+    "is_integer",
     "load",
+    "load_encoder",
     "open_model",
     "packed_bits",
     "unpack",
+    "write_integer",
 ]

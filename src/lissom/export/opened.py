@@ -77,6 +77,11 @@ class OpenedCheckpoint:
     def _quantized(self, quantization: Mapping[str, Any]) -> None:
         method = quantization.get("quant_method")
         if method == "lissom":
+            if quantization.get("format") == "integer":
+                raise CheckpointError(
+                    f"{self.source} holds an encoder in integers, without float weights: `lissom evaluate` judges it, "
+                    "lissom.load_encoder runs it"
+                )
             self.format, self._codec = "packed", Packed()
             if quantization.get("version") != VERSION:
                 raise FormatError(

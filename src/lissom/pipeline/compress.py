@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import tempfile
 import time
@@ -34,6 +33,7 @@ from .blockwise import block_steps, dense_targets, work_on_block
 from .data import CalibrationSet, embed, load_calibration
 from .folding import folded_model
 from .healing import heal, training_steps
+from .integer import compress_integer, integer_step, plan_integer
 from .lock import alone
 from .operating import calibrator, operated, with_scales
 from .planning import Plan
@@ -43,6 +43,7 @@ from .sizing import check_target, chosen_save, expectation, size_budgets, with_c
 from .stream import LayerResult, Spill, solve_stage, stream_block
 from .structured import smaller_model
 from .structured_targets import with_targets
+from .summary import bytes_after, bytes_before, peak_memory, versions
 from .verify import verify
 from .workdir import check_writable, dump_json, first_sample, hidden_files, keep_hidden, start
 
@@ -65,6 +66,8 @@ def plan(
     """
     checked = recipes.read(recipe, overrides)
     model = Model(open_model(source))
+    if integer_step(checked):
+        return plan_integer(model, checked)
     checked, _ = with_targets(model, checked)
     made = structured_plan(model, checked, Path(out) if out else None)
     if checked.target is None:
@@ -105,6 +108,8 @@ def compress(
     checked = recipes.read(recipe, overrides)
     work = target.with_name(target.name + ".partial")
     with alone(work):
+        if integer_step(checked):
+            return compress_integer(Model(open_model(source)), str(source), target, work, checked, note, command)
         return _compress(source, target, work, checked, resume, spill, tick, note, command)
 
 
@@ -198,7 +203,7 @@ def _compress(
         "healing": healing,
         "layers": [asdict(r) for r in records],
         "dense_bytes": checkpoint.bytes,
-        "versions": _versions(),
+        "versions": versions(),
     }
     after = artefact.close()
     size = sum(after.values())
@@ -208,8 +213,8 @@ def _compress(
         "bits_per_weight": 8 * size / model.parameters_count,
         "linear_bits_per_weight": 8 * sum(r.bytes for r in records) / max(linear, 1),
         "sparsity": sum(r.sparsity * r.weights for r in records) / max(linear, 1),
-        "bytes_before": _bytes_before(dense, checkpoint.bytes),
-        "bytes_after": _bytes_after(records, size),
+        "bytes_before": bytes_before(dense, checkpoint.bytes),
+        "bytes_after": bytes_after(records, size),
     }
     stages["save"] = time.perf_counter() - clock
 
@@ -219,7 +224,7 @@ def _compress(
     timings = {
         "seconds": time.perf_counter() - started,
         "stages": stages,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": peak_memory(),
         "calibration_tokens": data.ids.numel(),
     }
     dump_json(work / "manifest.json", manifest)
@@ -354,39 +359,8 @@ def _solve_block(
     return list(records.values()), hidden, targets
 
 
-_PARTS = {"q": "attention", "k": "attention", "v": "attention", "qkv": "attention", "o": "attention"}
-
-
-def _bytes_after(records: Sequence[LayerRecord], total: int) -> dict[str, int]:
-    """Bytes of the finished files: attention, MLP, and the rest (embedding, head, norms, headers)."""
-    out = {"attention": 0, "mlp": 0}
-    for r in records:
-        out[_PARTS.get(r.role, "mlp")] += r.bytes
-    return out | {"embedding and rest": total - sum(out.values())}
-
-
-def _bytes_before(model: Model, total: int) -> dict[str, int]:
-    """The same of the checkpoint, linear layers at its average bytes per weight."""
-    out = {"attention": 0.0, "mlp": 0.0}
-    each = total / model.parameters_count
-    for i in range(model.blocks):
-        for layer in model.linears(i):
-            out[_PARTS.get(layer.role, "mlp")] += layer.rows * layer.columns * each
-    return {k: round(v) for k, v in out.items()} | {"embedding and rest": round(total - sum(out.values()))}
-
-
 def _cluster(budgets: Budgets, layer: Linear) -> int | None:
     for budget in budgets.values():
         if layer.name in budget.cluster:
             return budget.cluster[layer.name]
     return None
-
-
-def _versions() -> dict[str, str]:
-    import platform
-    from importlib.metadata import version
-
-    return {
-        "python": platform.python_version(),
-        **{p: version(p) for p in ("torch", "transformers", "compressed-tensors")},
-    }

@@ -26,6 +26,7 @@ import yaml
 
 from ..core import Method, RecipeError
 from ..export import CODECS
+from ..export.integer import FORMAT as INTEGER
 from ..methods import METHODS
 from .settings import build, suggest
 from .target import Target, problems_of
@@ -416,6 +417,13 @@ def _check(recipe: Recipe) -> list[str]:
             "makes would be lost"
         )
     s = recipe.save
+    whole = [t.name for t in recipe.steps if t.method.kind == "integer"]
+    if whole and len(recipe.steps) > 1:
+        out.append(f"step 1 ({whole[0]}): it makes the whole encoder; take out the other steps")
+    if bool(whole) != (s.format == INTEGER):
+        out.append(
+            f"save: format {INTEGER} belongs to ibert, and ibert to it; this is {s.format} with {recipe.steps[0].name}"
+        )
     if s.format not in FORMATS:
         out.append(f"save: unknown format {s.format!r}{suggest(s.format, FORMATS)}")
     if s.dtype not in ("auto", "float16", "bfloat16", "float32"):
@@ -427,4 +435,4 @@ def _check(recipe: Recipe) -> list[str]:
     return out
 
 
-FORMATS = tuple(CODECS)
+FORMATS = (*CODECS, INTEGER)
