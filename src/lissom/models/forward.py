@@ -19,7 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ..core import CheckpointError
 from .architectures import Architecture
 from .layout import Sizes, stages
-from .operators import BlockOperators, Cached
+from .operators import BlockOperators
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -178,8 +178,8 @@ class Block:
         kept = None
         if self.operators is not None:
             q, k = self.operators.heads(q, k)
-            if self.operators.operators.cache:
-                kept = [Cached.of(t, grid) for t, grid in zip((k, v), self.operators.operators.cache, strict=True)]
+            kept = self.operators.cached(k, v)
+            if kept is not None:
                 k, v = kept[0].old, kept[1].old
                 if all(c.fresh is None for c in kept):
                     kept = None

@@ -171,7 +171,8 @@ def trial(
                 if visit:
                     visit(result)
 
-        hidden = stream_block(block, hidden, solve, gram, watch=watch)
+        at_once = plan.recipe.calibration.statistics == "block"
+        hidden = stream_block(block, hidden, solve, gram, watch=watch, at_once=at_once)
         if tick:
             tick(label, i + 1, model.blocks)
     return torch.cat(hidden[watch:])

@@ -35,7 +35,7 @@ from .folding import folded_model
 from .healing import heal, training_steps
 from .integer import compress_integer, integer_step, plan_integer
 from .lock import alone
-from .operating import calibrator, operated, with_scales
+from .operating import calibrator, operated, samples_for, with_scales
 from .planning import Plan
 from .recipe import Step
 from .shapes import structured_plan
@@ -47,7 +47,6 @@ from .summary import bytes_after, bytes_before, peak_memory, versions
 from .verify import verify
 from .workdir import check_writable, dump_json, first_sample, hidden_files, keep_hidden, start
 
-_ERROR_SAMPLES = 4  # samples for the reported errors of methods that need no data themselves
 Tick = Callable[[str, int, int], None]
 Note = Callable[[str], None]
 
@@ -77,8 +76,8 @@ def plan(
         model.checkpoint.tokenizer(), checked.calibration, model.config.vocab_size, needs_held_out(made)
     )
     with tempfile.TemporaryDirectory() as folder:
-        budgets, record = size_budgets(model, made, data, Path(folder), tick)
-    return with_choice(made, budgets, record)
+        _, record = size_budgets(model, made, data, Path(folder), tick)
+    return with_choice(made, record)
 
 
 @torch.no_grad()
@@ -133,7 +132,7 @@ def _compress(
     check_target(model, made)
     data = load_calibration(checkpoint.tokenizer(), checked.calibration, model.config.vocab_size, needs_held_out(made))
     if not any(step.method.needs for step in checked.steps) and checked.target is None:
-        data = replace(data, ids=data.ids[:_ERROR_SAMPLES])
+        data = replace(data, ids=data.ids[: samples_for(checked)])
     for warning in made.warnings:
         _say(note, f"note: {warning}")
     identity = {
@@ -156,7 +155,7 @@ def _compress(
     )
     model, folded = folded_model(model, checked, data.ids, work / "folded", tick)
     stages["structured"] = time.perf_counter() - clock
-    model = operated(model, checked)
+    model = operated(model, checked, data.ids, work / "cache.json")
 
     clock = time.perf_counter()
     budgets, allocation = _budgets(work, model, made, data, tick)
@@ -234,6 +233,7 @@ def _compress(
         work / "run.json",
         work / "budgets.json",
         work / "targets.json",
+        work / "cache.json",
         *work.glob("records-*.json"),
         *work.glob("gradients-*.safetensors"),
     ):
@@ -296,7 +296,7 @@ def _blocks(
         block = model.load_block(i)
         here, hidden, dense = _solve_block(
             block, artefact, steps, gradients.block_extras(work, i), healing, hidden, dense, budgets, waiting, note,
-            calibrator(made.recipe),
+            calibrator(made.recipe), made.recipe.calibration.statistics == "block",
         )  # fmt: skip
         artefact.block(i, block)
         dump_json(work / f"records-{i:05d}.json", [asdict(r) for r in here])
@@ -320,7 +320,8 @@ def _solve_block(
     budgets: Budgets,
     waiting: Spill | None,
     note: Note | None,
-    calibrate: Callable[[Tensor], float] | None = None,
+    calibrate: Callable[[Tensor, Tensor], float] | None = None,
+    at_once: bool = False,
 ) -> tuple[list[LayerRecord], list[Tensor], list[Tensor]]:
     """Solve and encode one block; returns its layers' records and what it gives to the next block, in both streams.
 
@@ -351,7 +352,7 @@ def _solve_block(
             if damping and damping > asked * 1.001:
                 _say(note, f"{layer.name}: damping raised to {damping:g} until the Gram matrix was positive definite")
 
-    hidden = stream_block(block, hidden, solve, gram, waiting, calibrate=calibrate)
+    hidden = stream_block(block, hidden, solve, gram, waiting, calibrate=calibrate, at_once=at_once)
     if healing:
         healed = work_on_block(block, solved, inputs, dense, targets, healing)
         keep([r.layer for r in healed], healed)

@@ -86,13 +86,15 @@ class Save:
 @dataclass(frozen=True)
 class Calibration:
     """``data`` a name or file; ``samples`` × ``length`` tokens; ``allocation_samples`` for the pass of an
-    allocation (None: a quarter, at least 8)."""
+    allocation (None: a quarter, at least 8); ``statistics`` of a layer's inputs after all ``stage``s before it were
+    compressed, or once per ``block``, before any of its layers."""
 
     data: str = "builtin"
     samples: int = 128
     length: int = 512
     seed: int = 0
     allocation_samples: int | None = None
+    statistics: Literal["stage", "block"] = "stage"
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,7 @@ def read(source: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]], o
     target = build(Target, sections["target"], "target", problems) if sections["target"] else None
     if target:
         problems += problems_of(target, steps, save.format, overrides)
-        steps = tuple(_freed(step) for step in steps if step.method.kind != "allocation")
+        steps = _freed([step for step in steps if step.method.kind != "allocation"])
     recipe = Recipe(str(data.get("name") or name), steps, str(data.get("summary") or ""), save, calibration, target)
     problems += _check(recipe)
     if problems:
@@ -310,11 +312,17 @@ def _step(entry: dict[str, Any], index: int, problems: list[str]) -> Step:
     return Step(method, config, constraint)
 
 
-def _freed(step: Step) -> Step:
-    """The step without the settings that a target chooses; 4 bits stand for whatever they will be."""
-    if step.method.kind != "solver":
-        return step
-    return replace(step, constraint=replace(step.constraint, sparsity=None, pattern="unstructured", bits=4))
+def _freed(steps: Sequence[Step]) -> tuple[Step, ...]:
+    """The steps without the settings that a target chooses; half of the weights in 4 bits stand for whatever they will be."""
+    solvers = [step for step in steps if step.method.kind == "solver"]
+    out = []
+    for step in steps:
+        if step.method.kind == "solver":
+            last = step is solvers[-1]
+            free = {"sparsity": None if last else 0.5, "pattern": "unstructured", "bits": 4 if last else 16}
+            step = replace(step, constraint=replace(step.constraint, **free))
+        out.append(step)
+    return tuple(out)
 
 
 TRAINED = ("gates", "projection")  # kinds of structured steps that train the whole model

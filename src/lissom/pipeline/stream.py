@@ -97,15 +97,26 @@ def stream_block(
     gram: bool = True,
     spill: Spill | None = None,
     watch: int | None = None,
-    calibrate: Callable[[Tensor], float] | None = None,
+    calibrate: Callable[[Tensor, Tensor], float] | None = None,
+    at_once: bool = False,
 ) -> list[Tensor]:
     """Outputs of the block for every batch; ``visit`` is called once a stage, and may set weights.
 
     ``hidden``: (batch, tokens, width) each; the list is emptied as it is used. ``watch``: only the first so many
     batches feed the statistics (the others are held-out text that just goes along). ``calibrate``: a sample of a stage's
-    inputs, their largest magnitude among them → the static scale, where the block's operators ask for one; from there on,
-    statistics and products see the rounded inputs.
+    inputs and the largest magnitude of each calibration sample → the static scale, where the block's operators ask for one; from there on,
+    statistics and products see the rounded inputs. ``at_once``: all stages\' statistics are of the block as it was loaded,
+    and taken before any is visited; costs a second forward.
     """
+    if at_once:
+        gathered: list[tuple[tuple[Linear, ...], Stats]] = []
+        stream_block(block, list(hidden), lambda *stage: gathered.append(stage), gram, spill, watch, calibrate)
+        for stage in gathered:
+            visit(*stage)
+        for i in range(len(hidden)):
+            hidden[i] = block.forward(hidden[i])
+        give_back()
+        return hidden
     runs = []
     for i in range(len(hidden)):
         runs.append(block.start(hidden[i]))
@@ -117,8 +128,7 @@ def stream_block(
         waits = calibrate is not None and block.operators is not None and block.operators.waits(number)
         if waits:
             assert calibrate is not None and block.operators is not None
-            sample = _sample_of(runs, number, watch, spill)
-            block.operators.scales[number] = calibrate(sample)
+            block.operators.scales[number] = calibrate(*_sample_of(runs, number, watch, spill))
         for i, run in enumerate(runs):
             if spill:
                 spill.get(i, run.state)
@@ -145,9 +155,9 @@ def stream_block(
     return outputs
 
 
-def _sample_of(runs: Sequence[Run], stage: int, watch: int | None, spill: Spill | None) -> Tensor:
-    """Brings all runs to ``stage`` and returns about :data:`_SAMPLE` of its inputs, evenly spaced, and the largest one."""
-    top, parts = torch.zeros(1), []
+def _sample_of(runs: Sequence[Run], stage: int, watch: int | None, spill: Spill | None) -> tuple[Tensor, Tensor]:
+    """Brings all runs to ``stage``; about :data:`_SAMPLE` of its inputs, evenly spaced, and the largest magnitude by sample."""
+    tops, parts = [], []
     share = max(1, _SAMPLE // len(runs))
     for i, run in enumerate(runs):
         if spill:
@@ -155,12 +165,13 @@ def _sample_of(runs: Sequence[Run], stage: int, watch: int | None, spill: Spill 
         if stage:
             run.advance()
         if watch is None or i < watch:
-            x = run.input().flatten()
-            top = torch.maximum(top, x.abs().max()[None])
-            parts.append(x[:: -(-len(x) // share)].clone())
+            x = run.input()
+            tops.append(x.abs().amax((1, 2)))
+            flat = x.flatten()
+            parts.append(flat[:: -(-len(flat) // share)].clone())
         if spill:
             spill.put(i, run.state)
-    return torch.cat([*parts, top])
+    return torch.cat(parts), torch.cat(tops)
 
 
 @dataclass(frozen=True)
