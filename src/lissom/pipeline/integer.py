@@ -21,11 +21,11 @@ from ..evaluate import pieces
 from ..export import load_encoder, write_integer
 from ..methods.quantize.ibert_encoder import calibrate, encode
 from ..models import Model, encoder_of, encoder_problem
-from .artefact import LayerRecord
+from .artefact import LayerRecord, bytes_after, bytes_before
 from .data import load_calibration
 from .planning import Plan, estimate
 from .recipe import Recipe, Step
-from .summary import bytes_after, bytes_before, peak_memory, versions
+from .summary import peak_memory, versions
 from .workdir import dump_json
 
 _BATCH = 16  # samples that go through the float encoder together
