@@ -330,8 +330,14 @@ def _check(recipe: Recipe) -> list[str]:
         if step.method.kind == "fold" and (c.prunes or c.pattern != "unstructured"):
             out.append(f"{where}: {step.name} does not prune; put a pruning step after it")
         mendable = {"solver"} if step.method.kind == "block" else {"solver", *STRUCTURED}
-        if step.method.kind in ("block", "training") and not kinds & mendable:
-            out.append(f"{where}: {step.name} works on solved layers; put a pruning or quantization step before it")
+        alone = step.method.kind == "training" and bool(getattr(step.config, "teacher", ""))
+        if step.method.kind in ("block", "training") and not kinds & mendable and not alone:
+            own = (
+                ", or name the teacher of a model that is compressed already" if step.method.kind == "training" else ""
+            )
+            out.append(
+                f"{where}: {step.name} works on solved layers; put a pruning or quantization step before it{own}"
+            )
         if step.method.kind == "block" and any(s.method.kind == "solver" for s in recipe.steps[i:]):
             out.append(f"{where}: {step.name} works on whole blocks; put it after every pruning and quantization step")
         if step.method.kind == "training" and i + 1 < len(recipe.steps):
