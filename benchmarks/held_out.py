@@ -22,10 +22,11 @@ import torch
 from lissom.export import open_model
 from lissom.models import Model
 from lissom.pipeline import read
-from lissom.pipeline.allocate import budgets_for, trial_loss
+from lissom.pipeline.allocate import budgets_for
 from lissom.pipeline.data import load_calibration
 from lissom.pipeline.planning import make_plan
 from lissom.pipeline.structured import smaller_model
+from lissom.pipeline.trials import trial_loss
 
 HERE = Path(__file__).parent
 DATA = HERE.parent.parent / "shared" / "data" / "wikitext2"
@@ -77,7 +78,7 @@ def measure(source: str, steps: list[dict[str, Any]], samples: int, length: int,
     data = load_calibration(checkpoint.tokenizer(), recipe.calibration, model.config.vocab_size, windows)
     started = time.process_time()
     with tempfile.TemporaryDirectory(prefix="lissom-held-out-") as folder, torch.no_grad():
-        model, _ = smaller_model(model, recipe, data.ids, Path(folder), torch.float32)
+        model, _ = smaller_model(model, recipe, data, Path(folder), torch.float32)
         plan = make_plan(model, recipe)
         budgets, _ = budgets_for(model, plan, data)
         loss = trial_loss(model, plan, budgets, data)

@@ -25,6 +25,7 @@ _HOME = {
     "inspect": "pipeline",
     "evaluate": "evaluate",
     "load": "export",
+    "load_encoder": "export",
     "unpack": "export",
     "open_model": "export",
     "write_report": "report",
@@ -35,7 +36,7 @@ __all__ = ["__version__", *sorted(_HOME)]
 if TYPE_CHECKING:
     from .core import LissomError
     from .evaluate import evaluate
-    from .export import load, open_model, unpack
+    from .export import load, load_encoder, open_model, unpack
     from .pipeline import compress, inspect, plan
     from .report import write_report
 

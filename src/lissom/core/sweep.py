@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from .columns import Strip
-from .constraint import Fixed
 from .factor import Factor
 from .grid import Codes, GridParams
 from .problem import Problem, Solved
@@ -33,7 +32,7 @@ _BLOCK, _NARROW = 128, 32
 def block_width(problem: Problem, wanted: int = _BLOCK) -> int:
     """A block width at which N:M groups and quantization groups begin together with blocks."""
     columns = problem.weight.shape[1]
-    unit = problem.constraint.width
+    unit = problem.constraint.width or columns
     group = problem.constraint.group_size
     if group is not None and group < columns:
         unit = math.lcm(unit, group)
@@ -70,10 +69,19 @@ def sweep(
     rows, columns = W.shape
     order, U = factor.order, factor.U
     group = min(constraint.group_size or columns, columns)
-    if constraint.sparse and order is not None and constraint.width > 1:
-        raise ValueError("N:M patterns cannot be swept in activation order: groups would not be contiguous")
+    if constraint.sparse and order is not None:
+        if constraint.width != 1:
+            raise ValueError(
+                "N:M patterns and wide units cannot be swept in activation order: groups would not be contiguous"
+            )
+        constraint = constraint.ordered(order)
     width = block_width(problem, block)
-    narrow = _narrow(constraint.width, group, width)
+    together = (
+        constraint.width if constraint.sparse and constraint.local else 1
+    )  # columns that are decided on their own
+    if together == 0:
+        raise ValueError("layers of one stack cannot be N:M and whole rows at once")
+    narrow = _narrow(together, group, width)
 
     fitted: list[GridParams] = []
     static: GridParams | None = None  # transposed: (groups, rows)
@@ -99,8 +107,8 @@ def sweep(
         span = stop - start
         w = W[:, start:stop].T.contiguous()  # (span, rows)
         keep: Tensor | None = None
-        if constraint.sparse and constraint.width == 1:
-            keep = _select(problem, (w * root[start:stop, None]).square().T, start, stop, order).T.contiguous()
+        if constraint.sparse and together == 1:
+            keep = constraint.select((w * root[start:stop, None]).square().T, start).T.contiguous()
         elif constraint.sparse:
             keep = torch.empty_like(w, dtype=torch.bool)
         strip = Strip(
@@ -112,12 +120,12 @@ def sweep(
             i = begin
             while i < end:  # a run of columns at which nothing is chosen or fitted
                 column, after = start + i, end
-                if keep is not None and constraint.width > 1:
-                    if i % constraint.width == 0:
-                        together = slice(i, i + constraint.width)
-                        score = (w[together] * root[column : column + constraint.width, None]).square().T
-                        keep[together] = constraint.select(score, column).T
-                    after = min(after, i + constraint.width - i % constraint.width)
+                if keep is not None and together > 1:
+                    if i % together == 0:
+                        here = slice(i, i + together)
+                        score = (w[here] * root[column : column + together, None]).square().T
+                        keep[here] = constraint.select(score, column).T
+                    after = min(after, i + together - i % together)
                 if static is not None:
                     g = int(group_of[column])
                     params = GridParams(static.scale[g], static.zero[g], static.levels[g])
@@ -127,7 +135,7 @@ def sweep(
                     if column % group == 0:
                         # the block's own columns are newest in `w`, later ones in `W`
                         ahead = [w[i : i + group].T]
-                        if keep is not None and constraint.width == 1:
+                        if keep is not None and together == 1:
                             ahead = [(w[i : i + group] * keep[i : i + group]).T]
                         if i + group > span:
                             ahead.append(W[:, stop : column + group])
@@ -158,20 +166,6 @@ def sweep(
         codes = Codes(values.contiguous(), scales.scale, scales.zero, scales.bits, group)
     notes = {"damping": factor.damping, "dead": float(factor.dead.sum())}
     return Solved(Q.contiguous(), codes, keep_all, loss, notes)
-
-
-def _select(problem: Problem, score: Tensor, start: int, stop: int, order: Tensor | None) -> Tensor:
-    """Keep-mask of one block; a fixed mask is looked up in the stored order of columns."""
-    if order is None:
-        return problem.constraint.select(score, start)
-    columns = order[start:stop]
-    keep = torch.ones_like(score, dtype=torch.bool)
-    for rows, part in problem.constraint.slices():
-        if isinstance(part.pattern, Fixed):
-            keep[rows] = part.pattern.mask[:, columns]
-        elif part.pattern is not None:
-            keep[rows] = part.pattern.select(score[rows], start)
-    return keep
 
 
 def _unordered(factor: Factor) -> Tensor:

@@ -25,54 +25,17 @@ from typing import Any, Literal
 import yaml
 
 from ..core import Method, RecipeError
+from ..export import CODECS
+from ..export.integer import FORMAT as INTEGER
 from ..methods import METHODS
+from .constraints import ConstraintSettings, pruning_problems, textless_problems
 from .settings import build, suggest
 from .target import Target, problems_of
 
 
 @dataclass(frozen=True)
-class ConstraintSettings:
-    """Settings that every solver shares.
-
-    ``sparsity`` in [0, 1) or None; ``pattern`` "unstructured", "N:M" (then sparsity follows), or "n:16" (N chosen for
-    each layer by the allocation); ``per`` "layer" or "row"; ``bits`` 2–8, 16 = not quantized; ``group_size`` inputs per scale, 0 = one scale per output row;
-    ``symmetric``; ``range`` minmax|mse; ``only``/``ignore``: regular expressions on layer names or roles.
-    """
-
-    sparsity: float | None = None
-    pattern: str = "unstructured"
-    per: Literal["layer", "row"] | None = None
-    bits: int = 16
-    group_size: int = 128
-    symmetric: bool = False
-    range: Literal["minmax", "mse"] = "minmax"
-    only: tuple[str, ...] = ()
-    ignore: tuple[str, ...] = ()
-
-    @property
-    def nm(self) -> tuple[int, int] | None:
-        match = re.fullmatch(r"(\d+):(\d+)", self.pattern)
-        return (int(match[1]), int(match[2])) if match else None
-
-    @property
-    def free_m(self) -> int | None:
-        """M of "n:M", a pattern whose N the allocation chooses for each layer."""
-        match = re.fullmatch(r"n:(\d+)", self.pattern)
-        return int(match[1]) if match else None
-
-    @property
-    def prunes(self) -> bool:
-        return bool(self.sparsity) or self.nm is not None
-
-    @property
-    def target(self) -> float:
-        """The fraction of zeros that the step asks for."""
-        return 1 - self.nm[0] / self.nm[1] if self.nm else (self.sparsity or 0.0)
-
-
-@dataclass(frozen=True)
 class Save:
-    """``format`` packed|dense|compressed-tensors; ``dtype`` of what is not quantized: auto|float16|bfloat16|float32;
+    """``format`` packed|dense|compressed-tensors|int-quantized|gptq|gptq-v2; ``dtype`` of what is not quantized: auto|float16|bfloat16|float32;
     ``embedding_bits`` 2–8 quantizes embedding and head by rounding to nearest (packed only), 16 leaves them."""
 
     format: str = "dense"
@@ -81,9 +44,12 @@ class Save:
     embedding_group_size: int = 64
 
 
+NONE = "none"  # of calibration text
+
+
 @dataclass(frozen=True)
 class Calibration:
-    """``data`` a name or file; ``samples`` × ``length`` tokens; ``allocation_samples`` for the pass of an
+    """``data`` a name or file, or "none": no text, inputs are taken as white; ``samples`` × ``length`` tokens; ``allocation_samples`` for the pass of an
     allocation (None: a quarter, at least 8); ``statistics`` of a layer's inputs after all ``stage``s before it were
     compressed, or once per ``block``, before any of its layers."""
 
@@ -207,6 +173,7 @@ def read(source: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]], o
     for override in overrides:
         _override(override, entries, sections, problems)
     steps = tuple(_step(entry, i, problems) for i, entry in enumerate(entries))
+    steps = _compared_everywhere(steps)
     save = build(Save, sections["save"], "save", problems)
     calibration = build(Calibration, sections["calibration"], "calibration", problems)
     target = build(Target, sections["target"], "target", problems) if sections["target"] else None
@@ -304,10 +271,22 @@ def _step(entry: dict[str, Any], index: int, problems: list[str]) -> Step:
     config = build(method.config, own, where, problems)
     constraint = build(ConstraintSettings, shared, where, problems)
     if constraint.per is None:
-        constraint = replace(constraint, per=method.comparison)  # type: ignore[arg-type]
+        constraint = replace(constraint, per="layer" if constraint.unit != "element" else method.comparison)
     if method.fold is not None and constraint.bits == 16:
         method = replace(method, kind="fold")
     return Step(method, config, constraint)
+
+
+def _compared_everywhere(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """``per: global`` written out: one threshold over all layers is a budget for each, and inside a layer its scores decide."""
+    out: list[Step] = []
+    for step in steps:
+        if step.constraint.per == "global":
+            method = METHODS["global-threshold"]
+            out.append(Step(method, method.config(), ConstraintSettings(per="layer")))
+            step = replace(step, constraint=replace(step.constraint, per="layer"))
+        out.append(step)
+    return tuple(out)
 
 
 def _freed(steps: Sequence[Step]) -> tuple[Step, ...]:
@@ -335,6 +314,10 @@ def _check(recipe: Recipe) -> list[str]:
     for i, step in enumerate(recipe.steps):
         where, c = f"step {i + 1} ({step.name})", step.constraint
         if step.method.kind == "allocation":
+            if pending:
+                out.append(
+                    f"{where}: {pending.name} before it shares the same budget; leave one of them (per: global is one)"
+                )
             pending = step
             continue
         kinds = {s.method.kind for s in recipe.steps[:i]}
@@ -347,8 +330,14 @@ def _check(recipe: Recipe) -> list[str]:
         if step.method.kind == "fold" and (c.prunes or c.pattern != "unstructured"):
             out.append(f"{where}: {step.name} does not prune; put a pruning step after it")
         mendable = {"solver"} if step.method.kind == "block" else {"solver", *STRUCTURED}
-        if step.method.kind in ("block", "training") and not kinds & mendable:
-            out.append(f"{where}: {step.name} works on solved layers; put a pruning or quantization step before it")
+        alone = step.method.kind == "training" and bool(getattr(step.config, "teacher", ""))
+        if step.method.kind in ("block", "training") and not kinds & mendable and not alone:
+            own = (
+                ", or name the teacher of a model that is compressed already" if step.method.kind == "training" else ""
+            )
+            out.append(
+                f"{where}: {step.name} works on solved layers; put a pruning or quantization step before it{own}"
+            )
         if step.method.kind == "block" and any(s.method.kind == "solver" for s in recipe.steps[i:]):
             out.append(f"{where}: {step.name} works on whole blocks; put it after every pruning and quantization step")
         if step.method.kind == "training" and i + 1 < len(recipe.steps):
@@ -380,6 +369,7 @@ def _check(recipe: Recipe) -> list[str]:
                 f"{where}: pattern {c.pattern} leaves {pending.name} nothing to share; "
                 f"give pattern n:{c.nm[1]} with a sparsity, or drop the allocation"
             )
+        out += [f"{where}: {line}" for line in pruning_problems(step, pending, recipe.steps[:i])]
         if c.bits != 16 and not 2 <= c.bits <= 8:
             out.append(f"{where}: bits must be 2 … 8, or 16 for not quantized, not {c.bits}")
         if c.group_size < 0:
@@ -411,6 +401,7 @@ def _check(recipe: Recipe) -> list[str]:
     c = recipe.calibration
     if c.samples < 1 or c.length < 2:
         out.append(f"calibration: samples ≥ 1 and length ≥ 2 are needed, not {c.samples} × {c.length}")
+    out += textless_problems(recipe) if c.data == NONE else []
     odd = [t.name for t in recipe.steps if "forms" in t.method.makes and t.constraint.bits != 16]
     if odd and recipe.save.format not in ("packed", "dense"):
         out.append(
@@ -423,6 +414,13 @@ def _check(recipe: Recipe) -> list[str]:
             "makes would be lost"
         )
     s = recipe.save
+    whole = [t.name for t in recipe.steps if t.method.kind == "integer"]
+    if whole and len(recipe.steps) > 1:
+        out.append(f"step 1 ({whole[0]}): it makes the whole encoder; take out the other steps")
+    if bool(whole) != (s.format == INTEGER):
+        out.append(
+            f"save: format {INTEGER} belongs to ibert, and ibert to it; this is {s.format} with {recipe.steps[0].name}"
+        )
     if s.format not in FORMATS:
         out.append(f"save: unknown format {s.format!r}{suggest(s.format, FORMATS)}")
     if s.dtype not in ("auto", "float16", "bfloat16", "float32"):
@@ -434,4 +432,4 @@ def _check(recipe: Recipe) -> list[str]:
     return out
 
 
-FORMATS = ("dense", "packed", "compressed-tensors")
+FORMATS = (*CODECS, INTEGER)

@@ -3,7 +3,7 @@
     minimise ½ tr((Ŵ − W) H (Ŵ − W)ᵀ)   subject to Ŵ ∈ pattern
     split into B, smooth, and D, with zeros; U = V/ρ the multiplier:
 
-    B ← (W H + ρ (D − U))(H + ρ I)⁻¹        D ← keep the largest |B̂ + U|, B̂ = αB + (1−α)D        U ← U + B̂ − D
+    B ← (W H + ρ (D − U))(H + ρ I)⁻¹        D ← keep the largest (B̂ + U)², B̂ = αB + (1−α)D        U ← U + B̂ − D
     at the end: conjugate gradients on the support of D (:mod:`.least_squares`)
 
 H is damped and scaled to unit diagonal (W takes the inverse scale), so that one ρ suits all inputs. ρ rises by 1.7, 1.5 or
@@ -32,7 +32,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...core import Both, Fixed, NumericalError, Problem, Solved, Stack, damped
+from ...core import Fixed, NumericalError, Problem, Solved, Stack, damped
 from .least_squares import Refit, on_support
 
 
@@ -78,7 +78,7 @@ def admm(H: Tensor, W: Tensor, pattern: Stack, config: ALPS) -> tuple[Tensor, Te
     low = quick_bfloat16() and W.dtype == torch.float32
     P = shrinkage(H, rho)
     rounded = P.bfloat16() if low else P
-    support = before = pattern.select(W.abs())
+    support = before = pattern.select(W.square())
     kept = max(1, int(before.count_nonzero()))
     done = 0
     for done in range(1, config.iterations + 1):
@@ -88,7 +88,7 @@ def admm(H: Tensor, W: Tensor, pattern: Stack, config: ALPS) -> tuple[Tensor, Te
             moved.add_(y.bfloat16() @ rounded, alpha=alpha)
         else:
             moved.addmm_(y, P, alpha=alpha)  # B̂ + U
-        support = pattern.select(torch.abs(moved, out=y))
+        support = pattern.select(torch.mul(moved, moved, out=y))  # squares: a unit's distance to zero
         torch.mul(moved, support, out=D)
         torch.sub(moved, D, out=U)
         if done % config.interval == 0:
@@ -106,7 +106,7 @@ def admm(H: Tensor, W: Tensor, pattern: Stack, config: ALPS) -> tuple[Tensor, Te
 
 def alps(problem: Problem, config: ALPS) -> Solved:
     """ADMM for the support (unless it is fixed already), then the best weights on it."""
-    pattern = Stack(tuple((rows, Both(part.pattern)) for rows, part in problem.constraint.parts))
+    pattern = Stack(tuple((rows, replace(part, grid=None)) for rows, part in problem.constraint.parts))
     H, dead = damped(problem.stats.hessian, config.damping)
     scale = H.diagonal().sqrt()
     W = torch.where(dead, 0.0, problem.weight)
