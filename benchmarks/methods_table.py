@@ -44,7 +44,7 @@ SOLVERS: dict[str, list[dict[str, Any]]] = {
     "gblm": [{"use": "gblm"}],
     "obd": [{"use": "obd"}],
     "obs": [{"use": "obs"}],
-    "llm-surgeon": [{"use": "llm-surgeon", "shots": 1, "iterations": 20}],
+    "llm-surgeon": [{"use": "llm-surgeon", "steps": 1, "iterations": 20}],
     "isc": [{"use": "isc"}],
     "sparsegpt": [{"use": "sparsegpt"}],
     "wanda, dsnot": [{"use": "wanda"}, {"use": "dsnot"}],
@@ -54,9 +54,20 @@ SOLVERS: dict[str, list[dict[str, Any]]] = {
     "alps": [{"use": "alps"}],
     "oats": [{"use": "oats"}],
 }
-ALLOCATIONS = (
-    "owl", "atp", "alpha-pruning", "besa", "trace-steps", "equal-marginal", "loss-clusters",
-)  # fmt: skip
+SEARCH = {"use": "predictor-search", "plans": 12, "rounds": 1, "verify": 2, "trial_samples": 2, "trial_windows": 2}
+ALLOCATIONS = {
+    name: {"use": name}
+    for name in (
+        "owl",
+        "atp",
+        "alpha-pruning",
+        "besa",
+        "trace-steps",
+        "equal-marginal",
+        "global-threshold",
+        "loss-clusters",
+    )
+} | {"predictor-search": SEARCH}
 PERMUTED = ("ria", "sparsegpt", "alps")
 WITHOUT = {
     "l-obs": "out · in³ multiplications for each layer: 80 T for this model's layers, most of them in products of vectors; "
@@ -75,7 +86,7 @@ def steps_of(name: str, column: str) -> list[dict[str, Any]] | None:
     elif first == "permuted":
         return None if unstructured else [{"use": "channel-permutation"}, *steps_of(solver, column)]  # type: ignore[misc]
     else:
-        allocation = {"use": first}
+        allocation = ALLOCATIONS[first]
         if m == 16:
             spend = {"sparsity": 1 - n / m, "pattern": "n:16"}
         elif not unstructured:
