@@ -277,6 +277,13 @@ def estimate(model: Model, recipe: Recipe, layers: list[Linear], tokens: int) ->
             minutes = getattr(c, "minutes", None)
             seconds += whole if minutes is None else min(whole, 60 * minutes)
     seconds += 3.5 * tokens * weights * sum(epochs) / matmul_speed() if epochs else 0
+    for step in recipe.steps:
+        c, each = step.config, 1.3 * recipe.calibration.length * weights / matmul_speed()
+        if "trials" in step.method.needs:
+            trials = c.plans + c.rounds * c.verify
+            seconds += shots * trials * (c.trial_samples + c.trial_windows) * each
+        if step.method.learn is not None:  # a forward and a backward
+            seconds += shots * 3 * c.epochs * allocation_samples(recipe) * each
     # dense float32 checkpoints of the steps that rewrite weights
     folded = (
         4

@@ -26,7 +26,7 @@ import yaml
 
 from ..core import Method, RecipeError
 from ..methods import METHODS
-from .constraints import ConstraintSettings, pruning_problems, textless_problems
+from .constraints import ConstraintSettings, pruning_problems, search_problems, textless_problems
 from .settings import build, suggest
 from .target import Target, problems_of
 
@@ -318,7 +318,10 @@ def _check(recipe: Recipe) -> list[str]:
                 )
             pending = step
             continue
-        kinds = {s.method.kind for s in recipe.steps[:i]}
+        if pending and step.method.kind != "solver":
+            out += [f"{where}: {line}" for line in search_problems(step, pending)]
+            pending = None
+        kinds = {s.method.kind for s in recipe.steps[:i] if s.method.kind != "allocation"}
         if step.method.kind in REWRITES and kinds - set(REWRITES):
             out.append(f"{where}: {step.name} rewrites the dense model; it must come before every other kind of step")
         if step.method.kind in ("fold", "rotation") and kinds & {"solver", "block", "training"}:

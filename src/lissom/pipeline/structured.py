@@ -32,6 +32,7 @@ from .permutation import pattern_of, permute_blocks
 from .recipe import REWRITES, TRAINED, Recipe, Step
 from .shapes import Shape, full_shape, mean_shape, shape_after
 from .stream import stream_block
+from .structured_search import search_before, searched_counts
 
 Tick = Callable[[str, int, int], None]
 
@@ -57,7 +58,7 @@ def smaller_model(
             elif step.method.kind == "permutation":
                 made = permuted(model, step, pattern_of(model, step, recipe), data, place, dtype, tick)
             else:
-                made = rewrite(model, step, ids, place, dtype, tick)
+                made = rewrite(model, step, data, place, dtype, tick, search_before(recipe, step))
             write_json(done, made)
         record.append(json.loads(done.read_text(encoding="utf-8")))
         model = Model(open_model(place))
@@ -74,9 +75,16 @@ class _View:
 
 @torch.no_grad()
 def rewrite(
-    model: Model, step: Step, ids: Tensor, folder: Path, dtype: torch.dtype, tick: Tick | None = None
+    model: Model,
+    step: Step,
+    data: CalibrationSet,
+    folder: Path,
+    dtype: torch.dtype,
+    tick: Tick | None = None,
+    search: Step | None = None,
 ) -> dict[str, Any]:
-    """Write the smaller model into ``folder``; ``ids`` (samples, tokens). Returns what was kept, for the manifest."""
+    """Write the smaller model into ``folder``. Returns what was kept, for the manifest. ``search``: the step that finds the widths."""
+    ids = data.ids
     shape = shape_after(model, step)
     record: dict[str, Any] = {"step": step.name, "heads": {}, "neurons": {}}
     if shape.channels < model.width:
@@ -101,7 +109,15 @@ def rewrite(
             setattr(config, switch, True)
         if "gradients" in step.method.needs:
             gradients.gather(model, ids, folder, {"samples"}, tick)
-        counts = _counts(model, step, shape, hidden, folder)
+        if search is None:
+            counts = _counts(model, step, shape, hidden, folder)
+        else:
+
+            def choose(block: Block, wanted: dict[str, int], hidden: list[Tensor], watch: int) -> list[Tensor]:
+                return _choose_units(block, step, wanted, shape, hidden, folder, watch)[1]
+
+            counts, found = searched_counts(model, step, search, shape, data, folder, choose, tick)
+            record |= found
         for i in range(model.blocks):
             block = model.load_block(i)
             wanted = {kind: per_block[i] for kind, per_block in counts.items()}
@@ -257,7 +273,13 @@ def _samples(folder: Path, i: int) -> dict[str, Tensor]:
 
 
 def _choose_units(
-    block: Block, step: Step, wanted: Mapping[str, int], shape: Shape, hidden: list[Tensor], folder: Path
+    block: Block,
+    step: Step,
+    wanted: Mapping[str, int],
+    shape: Shape,
+    hidden: list[Tensor],
+    folder: Path,
+    watch: int | None = None,
 ) -> tuple[dict[str, tuple[Units, Tensor]], list[Tensor], dict[str, Tensor]]:
     """Units in the file, {kind: (units, indices)}: the ``wanted`` ones that stay first, then others, set to zero, up to the
     width of ``shape``; the block's outputs without the others; biases in their place."""
@@ -282,7 +304,7 @@ def _choose_units(
                     biases[name] = value if old is None else old + value
                     block.parameters[f"{name}.bias"] = biases[name]
 
-    return chosen, stream_block(block, hidden, visit, gram=False), biases
+    return chosen, stream_block(block, hidden, visit, gram=False, watch=watch), biases
 
 
 def _best(scores: Tensor, count: int) -> Tensor:
