@@ -41,12 +41,13 @@ class Method:
     ``transform``  ``run(model, context, config) -> model``: rewrites or trains the whole model
     =============  ==========================================================================
 
-    ``needs``: any of "gram", "inputs" (norms and means only), "gradients", "data", "teacher", "training".
+    ``needs``: any of "gram", "inputs" (norms and means only), "sample" (of a fold: tokens of the inputs in ``Problem.extras``), "gradients", "data", "teacher", "training".
     ``comparison``: where a solver compares scores unless the recipe says: "layer" or "row".
     ``makes``: any of "zeros", "codes" – which constraints a solver accepts beyond the plain one; "forms": the result of
     a grid may be a form of :mod:`.stored` instead of plain codes, which not every file format holds.
     ``fold``: of a solver that can also run as a step of its own, without bits: ``fold(problem, config) -> (s, notes)``, one
-    factor per input (in,) that goes into the weights while 1/s goes into what makes the input.
+    factor per input (in,) that goes into the weights while 1/s goes into what makes the input. Of a ``rotation`` that is
+    learned: ``fold(turns, stream, values, config) -> (turns, notes)``, from layers with samples of their inputs.
     """
 
     name: str

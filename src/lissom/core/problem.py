@@ -53,7 +53,8 @@ class Problem:
     ``extras``: what few methods need besides, stacked by rows like the weights: ``gradient`` (out, in), the norm over
     samples of each weight's gradient of the loss; ``fisher`` (out, in), its mean square; ``samples`` (count, out, in),
     the gradients themselves; ``output_gram`` (out, out), E[g gᵀ] of the gradients g at the outputs;
-    ``entropy`` (in,), of the histogram of each input.
+    ``entropy`` (in,), of the histogram of each input; ``sample`` (tokens, in) of the inputs; ``owner`` (in,), inputs whose factors
+    must be equal have equal numbers.
     """
 
     weight: Tensor

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lissom.core import Both, Codes, Grid, Problem, Rotation, Stack, Stats
-from lissom.methods.quantize import METHODS, kv_cache, rotations
+from lissom.core import Both, Codes, Grid, Problem, RecipeError, Rotation, Stack, Stats
+from lissom.methods.quantize import METHODS, kv_cache, rotations, spinquant
 from lissom.methods.quantize.autoround import AutoRound, autoround
 from lissom.methods.quantize.llm_int8 import LLMInt8, llm_int8, mixed_product
 from lissom.methods.quantize.omniquant import OmniQuant, omniquant
@@ -37,6 +37,32 @@ def test_smoothing_leaves_the_function_alone_and_flattens_activations() -> None:
     assert torch.allclose((z @ W2.T + b2) * s, z @ before.T + b, atol=1e-4)
     solved = smoothquant(problem(constraint=Grid(8, None, symmetric=True)), SmoothQuant())
     assert solved.notes["activation_peak_smooth"] < solved.notes["activation_peak"]
+
+
+def test_searched_smoothing_is_the_best_of_a_loop_and_respects_owners() -> None:
+    g = torch.Generator().manual_seed(3)
+    x, W = torch.randn(40, 12, generator=g), torch.randn(20, 12, generator=g)
+    x[:, 2] *= 40
+    x[:, 9] *= 12
+    owner = torch.tensor([0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5])
+    grid = Grid(8, None, True)
+    p = Problem(W, Stats.of(x), Stack(((20, Both(None, grid)),)), ("l",), extras={"sample": x, "owner": owner})
+    s, notes = METHODS["smoothquant"].fold(p, SmoothQuant("search"))  # type: ignore[misc]
+    y, errors = x @ W.T, {}
+    for alpha in (0.0, *(i / 20 for i in range(2, 20))):
+        f = smooth_scale(p.stats.absmax, W, alpha) if alpha else torch.ones(12)
+        f = (f.view(2, 6).log().mean(0).exp().repeat(2)).half().float() if alpha else f
+        step = (x / f).abs().amax(1, keepdim=True) / 127.5
+        rounded = torch.round(x / f / step).clamp(-128, 127) * step @ grid.project(W * f).T
+        errors[alpha] = float(((rounded - y).square().sum(1) / y.square().sum(1)).mean())
+    assert notes["alpha"] == min(errors, key=lambda a: errors[a]) and notes["alpha"] > 0
+    assert (
+        notes["error"] == pytest.approx(min(errors.values()), rel=1e-3)
+        and notes["error"] < notes["error_unsmoothed"] / 2
+    )
+    assert torch.equal(s[:6], s[6:])
+    with pytest.raises(RecipeError, match="fold"):
+        smoothquant(p, SmoothQuant("search"))
 
 
 def test_int8_with_outliers_between_its_two_limits() -> None:
@@ -141,6 +167,39 @@ def test_cayley_steps_stay_orthogonal_and_find_the_rotation() -> None:
     R, history = rotations.learn_rotation(torch.eye(6), lambda R: (X @ R - X @ target).square().mean(), 300, 0.5)
     assert torch.allclose(R.T @ R, torch.eye(6), atol=1e-3)
     assert min(history) < 0.05 * history[0]
+
+
+def test_spinquant_against_a_loop_and_never_above_its_start() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, W = torch.randn(6, 8, generator=g), torch.randn(5, 8, generator=g)
+    R = Rotation(4, 1).matrix()
+    found = spinquant.rounding_loss(R, [spinquant.Seen(x, W)], 3, 4)
+    wide = torch.block_diag(R, R)
+    y, got = torch.zeros(6, 5), torch.zeros(6, 5)
+    for t in range(6):
+        for r in range(5):
+            a, w = x[t] @ wide, W[r] @ wide
+            sa, sw = a.abs().max() / 7, w.abs().max() / 3
+            got[t, r] = sum(
+                float(torch.round(p / sa) * sa * (torch.round(q / sw) * sw)) for p, q in zip(a, w, strict=True)
+            )
+            y[t, r] = x[t] @ W[r]
+    assert float(found) == pytest.approx(float((got - y).square().sum() / y.square().sum()), rel=1e-4)
+
+    x = torch.randn(64, 16, generator=g)
+    x += (
+        20 * torch.randn(64, 1, generator=g) * Rotation(16, 9).matrix()[0]
+    )  # an outlier that Hadamard does not spread best
+    seen = [spinquant.Seen(x, torch.randn(24, 16, generator=g))]
+    config = spinquant.SpinQuant(steps=40, activation_bits=4)
+    start = rotations.turns(config, 16, 4, 32)
+    learned, notes = spinquant.spin(start, seen, [], config)
+    assert learned.stream is not None and learned.values is start.values and learned.inner is None
+    assert notes["stream_loss"] < 0.8 * notes["stream_loss_of_hadamard"]
+    M = learned.stream.matrix()
+    assert torch.allclose(M.T @ M, torch.eye(16), atol=1e-5)
+    after = float(spinquant.rounding_loss(M, seen, 4, 4))
+    assert after == pytest.approx(notes["stream_loss"], rel=0.05)
 
 
 @pytest.mark.parametrize("per", ["token", "channel"])

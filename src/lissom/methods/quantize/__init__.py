@@ -18,6 +18,7 @@ from .quip import QuIP, quip
 from .rotations import QuaRot, turns
 from .rtn import RTN, rtn
 from .smoothquant import SmoothQuant, smooth, smoothquant
+from .spinquant import SpinQuant, spin
 from .spqr import SpQR, spqr
 from .vs_quant import VSQuant, vs_quant
 
@@ -78,7 +79,7 @@ METHODS = {
         ),
         Method(
             "smoothquant", "quantize", "solver", "outliers of activations migrate to weights", "arXiv 2211.10438", SmoothQuant, smoothquant,
-            needs=frozenset({"inputs"}), makes=_FORMS, fold=smooth,
+            needs=frozenset({"inputs", "sample"}), makes=_FORMS, fold=smooth,
         ),
         Method(
             "llm-int8", "quantize", "solver", "outlier inputs in half precision, the rest INT8", "arXiv 2208.07339", LLMInt8, llm_int8,
@@ -90,6 +91,10 @@ METHODS = {
         ),
         Method(
             "quarot", "quantize", "rotation", "the hidden states turned so that nothing stands out", "arXiv 2404.00456", QuaRot, turns,
+        ),
+        Method(
+            "spinquant", "quantize", "rotation", "rotations learned on the error that rounding leaves", "arXiv 2405.16406", SpinQuant, turns,
+            needs=frozenset({"data"}), fold=spin,
         ),
         Method(
             "activations", "quantize", "operator", "inputs of linear layers rounded at run time", "arXiv 1712.05877", Activations, round_input,
