@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lissom.core import Both, Codes, Grid, Problem, RecipeError, Rotation, Stack, Stats
+from lissom.core import BlockProblem, Both, Codes, Grid, Problem, RecipeError, Rotation, Sparse, Stack, Stats
 from lissom.methods.quantize import METHODS, kv_cache, rotations, spinquant
 from lissom.methods.quantize.autoround import AutoRound, autoround
 from lissom.methods.quantize.llm_int8 import LLMInt8, llm_int8, mixed_product
 from lissom.methods.quantize.omniquant import OmniQuant, omniquant
 from lissom.methods.quantize.smoothquant import SmoothQuant, fold_into_linear, fold_into_norm, smooth_scale, smoothquant
 from lissom.methods.quantize.vs_quant import VSQuant, fake_vectors, vector_quantize
-from lissom.methods.quantize.zeroquant import ZeroQuant, distil_layer, token_wise_linear
+from lissom.methods.quantize.zeroquant import ZeroQuant, distil_layer, token_wise_linear, zeroquant
 
 from .problems import inputs, problem
 
@@ -264,6 +264,33 @@ def test_layer_distillation_lowers_the_error_of_a_layer() -> None:
     rounded = {n: grids[n].project(v) for n, v in trained.items()}
     again = torch.stack([F.mse_loss(layer(rounded, x), layer(w, x)) for x in X]).mean()
     assert float(again) == pytest.approx(after, rel=1e-4)
+
+
+def test_distillation_of_a_block_keeps_masks_and_gives_codes() -> None:
+    g = torch.Generator().manual_seed(1)
+    dense = {"up": torch.randn(12, 8, generator=g), "down": torch.randn(8, 12, generator=g)}
+    x = [torch.randn(2, 20, 8, generator=g) for _ in range(2)]
+
+    def forward(w, h: Tensor) -> Tensor:
+        return torch.relu(h @ w["up"].T) @ w["down"].T
+
+    solved = {}
+    for name, pattern in (("up", None), ("down", Sparse(0.5))):
+        p = Problem.of(dense[name], Stats.of(torch.randn(30, dense[name].shape[1], generator=g)), Both(pattern, Grid(2, 4)))
+        solved[name] = p.project(p.weight.abs())
+    block = BlockProblem(solved, x, x, [forward(dense, h) for h in x], forward)
+    found = zeroquant(block, ZeroQuant(60, 3e-3))
+    for name, s in found.items():
+        assert s.codes is not None and torch.equal(s.codes.decode(), s.weight) and s.codes.bits == 2
+    assert found["down"].mask is not None and not bool(found["down"].weight[~found["down"].mask].any())
+
+    def error(of) -> float:
+        now = {n: s.weight for n, s in of.items()}
+        return sum(float((forward(now, h) - y).square().mean()) for h, y in zip(x, block.targets, strict=True)) / 2
+
+    assert error(found) < 0.8 * error(solved)
+    assert found["up"].notes["block_error_after"] == pytest.approx(error(found), rel=0.02)
+    assert zeroquant(block, ZeroQuant(0)) == solved
 
 
 def test_token_wise_scales_serve_quiet_tokens() -> None:

@@ -21,6 +21,7 @@ from .smoothquant import SmoothQuant, smooth, smoothquant
 from .spinquant import SpinQuant, spin
 from .spqr import SpQR, spqr
 from .vs_quant import VSQuant, vs_quant
+from .zeroquant import ZeroQuant, zeroquant
 
 _CODES = frozenset({"codes"})
 _FORMS = frozenset({"codes", "forms"})
@@ -88,6 +89,10 @@ METHODS = {
         Method(
             "vs-quant", "quantize", "solver", "a quantized scale for every short vector", "arXiv 2102.04503", VSQuant, vs_quant,
             makes=_FORMS,
+        ),
+        Method(
+            "zeroquant", "quantize", "block", "each rounded block trained towards the dense one (LKD)", "arXiv 2206.01861", ZeroQuant, zeroquant,
+            needs=frozenset({"gradients", "data", "training"}),
         ),
         Method(
             "quarot", "quantize", "rotation", "the hidden states turned so that nothing stands out", "arXiv 2404.00456", QuaRot, turns,
