@@ -113,4 +113,4 @@ def test_a_recipe_file_that_is_not_yaml(tmp_path):
 def test_every_allocation_has_a_summary_or_needs_none():
     for method in METHODS.values():
         if method.kind == "allocation":
-            assert (method.summarise is not None) or not method.needs
+            assert method.summarise or method.learn or method.needs <= {"trials"}

@@ -81,6 +81,7 @@ __all__ = [
     "factorise",
     "gram_product",
     "grid_of",
+    "histogram_entropy",
     "keep_largest",
     "merge",
     "stored_bits",

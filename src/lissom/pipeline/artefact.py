@@ -6,7 +6,7 @@ the statistics of later layers – and the reported errors – are those of the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,3 +177,24 @@ class Artefact:
         more = {KEY: self.model.operators.describe()} if self.model.operators else {}
         self.writer.finish(self.model.checkpoint, self.dtype, quantization, more)
         return self.writer.bytes_by_part()
+
+
+_PARTS = {"q": "attention", "k": "attention", "v": "attention", "qkv": "attention", "o": "attention"}
+
+
+def bytes_after(records: Sequence[LayerRecord], total: int) -> dict[str, int]:
+    """Bytes of the finished files: attention, MLP, and the rest (embedding, head, norms, headers)."""
+    out = {"attention": 0, "mlp": 0}
+    for r in records:
+        out[_PARTS.get(r.role, "mlp")] += r.bytes
+    return out | {"embedding and rest": total - sum(out.values())}
+
+
+def bytes_before(model: Model, total: int) -> dict[str, int]:
+    """The same of the checkpoint, linear layers at its average bytes per weight."""
+    out = {"attention": 0.0, "mlp": 0.0}
+    each = total / model.parameters_count
+    for i in range(model.blocks):
+        for layer in model.linears(i):
+            out[_PARTS.get(layer.role, "mlp")] += layer.rows * layer.columns * each
+    return {k: round(v) for k, v in out.items()} | {"embedding and rest": round(total - sum(out.values()))}

@@ -12,7 +12,7 @@ from ..export.layout import parse_pattern
 from ..models import Block, Linear, Model
 from ..models.permute import free_channels, permuted
 from .recipe import Recipe, Step
-from .stream import stream_block
+from .stream import histogram_bins, stream_block
 
 
 def pattern_of(model: Model, step: Step, recipe: Recipe) -> tuple[int, int]:
@@ -40,7 +40,7 @@ def _of_pruning(recipe: Recipe) -> tuple[int, int] | None:
 
 
 def permute_block(
-    model: Model, block: Block, step: Step, nm: tuple[int, int], hidden: list[Tensor]
+    model: Model, block: Block, step: Step, nm: tuple[int, int], hidden: list[Tensor], watch: int | None = None
 ) -> tuple[list[Tensor], dict[str, list[float]]]:
     """Permute the weights of ``block`` in place; its outputs, and the share of the score retained before and after by kind."""
     found: dict[str, list[float]] = {}
@@ -50,13 +50,11 @@ def permute_block(
         for units, segments in free_channels(block.row, block.config, block.linears):
             for name, columns in units.columns.items():
                 if name == stage[0].name:
-                    order, *shares = step.method.run(
-                        block.weight(name), stats.norm, columns, segments, *nm, step.config
-                    )
+                    order, *shares = step.method.run(block.weight(name), stats, columns, segments, *nm, step.config)
                     chosen.append((units, order))
                     found[units.kind] = shares
 
-    after = stream_block(block, hidden, visit, gram=False)
+    after = stream_block(block, hidden, visit, gram=False, watch=watch, bins=histogram_bins([step]))
     for units, order in chosen:
         block.parameters = permuted(block.parameters, units, order)
     return after, found
@@ -69,12 +67,13 @@ def permute_blocks(
     hidden: list[Tensor],
     write: Callable[[int, Block], None],
     tick: Callable[[str, int, int], None] | None = None,
+    watch: int | None = None,
 ) -> dict[str, Any]:
     """All blocks in turn, each handed to ``write``; the record for the manifest."""
     retained = {}
     for i in range(model.blocks):
         block = model.load_block(i)
-        hidden, retained[str(i)] = permute_block(model, block, step, nm, hidden)
+        hidden, retained[str(i)] = permute_block(model, block, step, nm, hidden, watch)
         write(i, block)
         if tick:
             tick(step.name, i + 1, model.blocks)

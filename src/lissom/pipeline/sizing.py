@@ -25,16 +25,16 @@ from ..evaluate import token_losses
 from ..export import Layout, codec_named
 from ..methods.allocate.spend import Option, hull, plan_size, reach
 from ..models import Linear, Model
-from .allocate import Budgets, allocation_samples, trial
 from .artefact import artefact_dtype
 from .curves import EMBEDDING, Options, budgets_of, embedding_options, layer_options, mean_kl, outer_as_saved, tilted
 from .data import CalibrationSet
 from .layers import wanted
-from .planning import Plan
+from .planning import Plan, allocation_samples
 from .prices import fixed_bytes, header_bytes, limits
 from .recipe import Recipe, Save
 from .stream import LayerResult
 from .target import parts
+from .trials import Budgets, chain_of, trial
 
 Tick = Callable[[str, int, int], None]
 Choice = dict[str, Option]
@@ -89,6 +89,7 @@ def size_budgets(
     dtype = artefact_dtype(model, save.dtype)
     layers = touched(model, plan)
     samples = allocation_samples(plan.recipe)
+    few = replace(data, ids=data.ids[:samples])
     embeddings, dense = embedding_options(model, save, data.held_out, dtype, tick)
     options = {EMBEDDING: embeddings} | layer_options(model, plan.recipe, data, samples, folder, tick)
     options = {name: hull(many) for name, many in options.items()}
@@ -109,7 +110,8 @@ def size_budgets(
                 result.layer.name, (result.layer.rows, result.layer.columns), local
             )
 
-        hidden = trial(model, plan, _budgets(choice, places), data, tick, f"trial {number}", outer, weigh)
+        chain = chain_of(plan, _budgets(choice, places))
+        hidden = trial(model, chain, few, tick, f"trial {number}", outer, weigh)
         kl = mean_kl(model, dense, hidden, outer)
         loss = _loss(model, hidden, data.held_out, outer)
         return Trial(choice, tilt, _sum(choice), kl, loss, size)

@@ -276,7 +276,9 @@ def test_distillation_of_a_block_keeps_masks_and_gives_codes() -> None:
 
     solved = {}
     for name, pattern in (("up", None), ("down", Sparse(0.5))):
-        p = Problem.of(dense[name], Stats.of(torch.randn(30, dense[name].shape[1], generator=g)), Both(pattern, Grid(2, 4)))
+        p = Problem.of(
+            dense[name], Stats.of(torch.randn(30, dense[name].shape[1], generator=g)), Both(pattern, Grid(2, 4))
+        )
         solved[name] = p.project(p.weight.abs())
     block = BlockProblem(solved, x, x, [forward(dense, h) for h in x], forward)
     found = zeroquant(block, ZeroQuant(60, 3e-3))
