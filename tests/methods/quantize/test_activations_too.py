@@ -282,7 +282,7 @@ def test_distillation_of_a_block_keeps_masks_and_gives_codes() -> None:
         solved[name] = p.project(p.weight.abs())
     block = BlockProblem(solved, x, x, [forward(dense, h) for h in x], forward)
     found = zeroquant(block, ZeroQuant(60, 3e-3))
-    for name, s in found.items():
+    for s in found.values():
         assert s.codes is not None and torch.equal(s.codes.decode(), s.weight) and s.codes.bits == 2
     assert found["down"].mask is not None and not bool(found["down"].weight[~found["down"].mask].any())
 
