@@ -73,6 +73,7 @@ __all__ = [
     "Stacked",
     "Stats",
     "Stored",
+    "Tally",
     "TwoLevel",
     "UnitProblem",
     "Units",

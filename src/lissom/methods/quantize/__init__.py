@@ -10,6 +10,8 @@ from .descent import Descent, descent
 from .gobo import GOBO, gobo
 from .gptq import GPTQ, gptq
 from .hqq import HQQ, hqq
+from .ibert import IBert
+from .ibert_encoder import prepare
 from .kv_cache import KVCache, fake_cache
 from .llm_int8 import LLMInt8, llm_int8
 from .loftq import LoftQ, loftq
@@ -100,6 +102,9 @@ METHODS = {
         Method(
             "spinquant", "quantize", "rotation", "rotations learned on the error that rounding leaves", "arXiv 2405.16406", SpinQuant, turns,
             needs=frozenset({"data"}), fold=spin,
+        ),
+        Method(
+            "ibert", "quantize", "integer", "a BERT encoder in integers, from ids to the pooled output", "arXiv 2101.01321", IBert, prepare,
         ),
         Method(
             "activations", "quantize", "operator", "inputs of linear layers rounded at run time", "arXiv 1712.05877", Activations, round_input,
