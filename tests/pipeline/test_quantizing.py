@@ -64,7 +64,7 @@ def test_scales_beyond_half_precision_end_with_a_clear_error(random_checkpoint, 
     weights = load_file(source / "model.safetensors")
     weights["model.layers.1.mlp.down_proj.weight"][0, 0] = 1e8
     save_file(weights, source / "model.safetensors", {"format": "pt"})
-    with pytest.raises(NumericalError, match="overflows half precision.*`ignore`"):
+    with pytest.raises(NumericalError, match=r"overflows half precision[^`]*`ignore`"):
         compress(source, tmp_path / "out", [{"use": name, "bits": 4, "group_size": 16}], overrides=SMALL)
     compress(
         source, tmp_path / "out2", [{"use": name, "bits": 4, "group_size": 16, "ignore": ["down"]}], overrides=SMALL
