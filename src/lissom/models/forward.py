@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..core import CheckpointError
 from .architectures import Architecture
@@ -314,6 +313,8 @@ def inverse_frequencies(config: Any, kind: str | None, head_dim: int, tokens: in
     rope = config.rope_parameters[kind] if kind else config.rope_parameters
     form = rope.get("rope_type", "default")
     if form != "default":
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # slow to import
+
         extra = {"layer_type": kind} if kind else {}
         frequencies, scale = ROPE_INIT_FUNCTIONS[form](config, None, seq_len=tokens, **extra)
         return frequencies, float(scale)
