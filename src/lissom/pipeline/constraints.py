@@ -106,11 +106,3 @@ def textless_problems(recipe: Recipe) -> Iterator[str]:
             yield f"{step.name}: spread auto is measured on held-out text, and data is none; give a number"
     if recipe.target:
         yield "target: sizes and losses are measured on text, and data is none"
-
-
-def search_problems(step: Step, allocation: Step) -> Iterator[str]:
-    """Why an allocation cannot stand before this step, which is no solver: a search can before one whose widths may differ."""
-    if step.method.kind != "units" or "trials" not in allocation.method.needs:
-        yield f"{allocation.name} before it shares the budget of a pruning or quantization step; put it directly before that"
-    elif not getattr(step.config, "spread", 0):
-        yield f"{allocation.name} before it chooses how widths differ, and they may not; give {step.name} a spread"

@@ -28,7 +28,7 @@ from ..core import Method, RecipeError
 from ..export import CODECS
 from ..export.integer import FORMAT as INTEGER
 from ..methods import METHODS
-from .constraints import ConstraintSettings, pruning_problems, search_problems, textless_problems
+from .constraints import ConstraintSettings, pruning_problems, textless_problems
 from .settings import build, suggest
 from .target import Target, problems_of
 
@@ -321,7 +321,9 @@ def _check(recipe: Recipe) -> list[str]:
             pending = step
             continue
         if pending and step.method.kind != "solver":
-            out += [f"{where}: {line}" for line in search_problems(step, pending)]
+            out.append(
+                f"{where}: {pending.name} before it shares the budget of a pruning or quantization step; put it directly before that"
+            )
             pending = None
         kinds = {s.method.kind for s in recipe.steps[:i] if s.method.kind != "allocation"}
         if step.method.kind in REWRITES and kinds - set(REWRITES):

@@ -32,7 +32,7 @@ from .permutation import pattern_of, permute_blocks
 from .recipe import REWRITES, TRAINED, Recipe, Step
 from .shapes import Shape, full_shape, mean_shape, shape_after
 from .stream import stream_block
-from .structured_search import search_before, searched_counts
+from .structured_search import searched
 
 Tick = Callable[[str, int, int], None]
 
@@ -58,7 +58,7 @@ def smaller_model(
             elif step.method.kind == "permutation":
                 made = permuted(model, step, pattern_of(model, step, recipe), data, place, dtype, tick)
             else:
-                made = rewrite(model, step, data, place, dtype, tick, search_before(recipe, step))
+                made = rewrite(model, step, ids, place, dtype, tick)
             write_json(done, made)
         record.append(json.loads(done.read_text(encoding="utf-8")))
         model = Model(open_model(place))
@@ -75,16 +75,9 @@ class _View:
 
 @torch.no_grad()
 def rewrite(
-    model: Model,
-    step: Step,
-    data: CalibrationSet,
-    folder: Path,
-    dtype: torch.dtype,
-    tick: Tick | None = None,
-    search: Step | None = None,
+    model: Model, step: Step, ids: Tensor, folder: Path, dtype: torch.dtype, tick: Tick | None = None
 ) -> dict[str, Any]:
-    """Write the smaller model into ``folder``. Returns what was kept, for the manifest. ``search``: the step that finds the widths."""
-    ids = data.ids
+    """Write the smaller model into ``folder``; ``ids`` (samples, tokens). Returns what was kept, for the manifest."""
     shape = shape_after(model, step)
     record: dict[str, Any] = {"step": step.name, "heads": {}, "neurons": {}}
     if shape.channels < model.width:
@@ -109,15 +102,7 @@ def rewrite(
             setattr(config, switch, True)
         if "gradients" in step.method.needs:
             gradients.gather(model, ids, folder, {"samples"}, tick)
-        if search is None:
-            counts = _counts(model, step, shape, hidden, folder)
-        else:
-
-            def choose(block: Block, wanted: dict[str, int], hidden: list[Tensor], watch: int) -> list[Tensor]:
-                return _choose_units(block, step, wanted, shape, hidden, folder, watch)[1]
-
-            counts, found = searched_counts(model, step, search, shape, data, folder, choose, tick)
-            record |= found
+        counts, record["search"] = _counts(model, step, shape, hidden, folder, ids, tick)
         for i in range(model.blocks):
             block = model.load_block(i)
             wanted = {kind: per_block[i] for kind, per_block in counts.items()}
@@ -244,11 +229,14 @@ def _choose_blocks(model: Model, step: Step, hidden: list[Tensor]) -> tuple[list
     return step.method.run(influences, step.config), influences
 
 
-def _counts(model: Model, step: Step, shape: Shape, hidden: list[Tensor], folder: Path) -> dict[str, list[int]]:
-    """Units that each block keeps. Where blocks may differ, the scores of the dense blocks are compared first."""
+def _counts(
+    model: Model, step: Step, shape: Shape, hidden: list[Tensor], folder: Path, ids: Tensor, tick: Tick | None
+) -> tuple[dict[str, list[int]], dict[str, Any]]:
+    """Units that each block keeps, and what a search found. Where blocks may differ, the scores of the dense blocks are
+    compared first."""
     mean, blocks = asdict(mean_shape(model, step)), range(model.blocks)
     if mean == asdict(shape):
-        return {kind: [mean[kind] for _ in blocks] for kind in KINDS}
+        return {kind: [mean[kind] for _ in blocks] for kind in KINDS}, {}
     scores: dict[str, list[Tensor]] = {k: [] for k in KINDS}
     here = list(hidden)
     for i in blocks:
@@ -264,8 +252,10 @@ def _counts(model: Model, step: Step, shape: Shape, hidden: list[Tensor], folder
                     scores[kind].append(step.method.run(problem, step.config))
 
         here = stream_block(block, here, visit, gram=False)
-    high = asdict(shape)
-    return {k: widths(torch.stack(scores[k]), mean[k], high[k]) for k in KINDS}
+    high, stacked = asdict(shape), {k: torch.stack(s) for k, s in scores.items()}
+    if step.config.search:
+        return searched(model, stacked, mean, high, ids, step.config.search, tick)
+    return {k: widths(s, mean[k], high[k]) for k, s in stacked.items()}, {}
 
 
 def _samples(folder: Path, i: int) -> dict[str, Tensor]:
@@ -273,13 +263,7 @@ def _samples(folder: Path, i: int) -> dict[str, Tensor]:
 
 
 def _choose_units(
-    block: Block,
-    step: Step,
-    wanted: Mapping[str, int],
-    shape: Shape,
-    hidden: list[Tensor],
-    folder: Path,
-    watch: int | None = None,
+    block: Block, step: Step, wanted: Mapping[str, int], shape: Shape, hidden: list[Tensor], folder: Path
 ) -> tuple[dict[str, tuple[Units, Tensor]], list[Tensor], dict[str, Tensor]]:
     """Units in the file, {kind: (units, indices)}: the ``wanted`` ones that stay first, then others, set to zero, up to the
     width of ``shape``; the block's outputs without the others; biases in their place."""
@@ -304,7 +288,7 @@ def _choose_units(
                     biases[name] = value if old is None else old + value
                     block.parameters[f"{name}.bias"] = biases[name]
 
-    return chosen, stream_block(block, hidden, visit, gram=False, watch=watch), biases
+    return chosen, stream_block(block, hidden, visit, gram=False), biases
 
 
 def _best(scores: Tensor, count: int) -> Tensor:

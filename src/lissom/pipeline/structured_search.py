@@ -1,105 +1,88 @@
-"""Predictor search before a structured step: how many units each block keeps, by measured loss instead of by scores.
+"""Widths of blocks found by measuring: the predictor search of plans, over units instead of weights.
 
-A plan gives every block a share of units to lose; the mean over blocks stays what the step asks for, kind by kind. In trials the
-step's own method chooses the units, which are masked, block by block, and held-out text streams along.
+A plan says how many heads or neurons every block keeps; the units with the least scores of the dense blocks are masked, and the
+next-token loss of the calibration samples is the plan's cost. Kinds are searched one after the other. The plan with equal
+widths is measured first, so that on these samples the result is never worse than it.
+Source: Ji, Cao, Liu 2023 (arXiv 2309.09507), see :mod:`lissom.methods.allocate.predictor_search`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..core import Budget, LayerSummary
-from ..evaluate import token_losses
-from ..models import Block, Model
-from ..models.units import KINDS, units_of
-from .data import CalibrationSet, embed
-from .recipe import Recipe, Step
-from .shapes import Shape, full_shape, mean_shape
-from .trials import Memory
+from ..methods.allocate.predictor_search import PredictorSearch, predictor_search
+from ..methods.heal.losses import next_token
+from ..models import Model
+from ..models.units import masked, units_of
 
+_SAMPLES = 8  # windows that a plan is measured on
 Tick = Callable[[str, int, int], None]
-Counts = dict[str, list[int]]
-Choose = Callable[[Block, dict[str, int], list[Tensor], int], list[Tensor]]  # masks the block; its outputs
+Plan = dict[str, list[int]]  # kind → units that each block keeps
 
 
-def search_before(recipe: Recipe, step: Step) -> Step | None:
-    """The search written directly before a structured step."""
-    at = recipe.steps.index(step)
-    before = recipe.steps[at - 1] if at else None
-    return before if before is not None and before.method.kind == "allocation" else None
-
-
-def count_units(wanted: Sequence[float], mean: int, high: int) -> list[int]:
-    """Whole numbers near ``wanted``, each from 2 · mean − high to high, that add up to mean · len: largest remainders first."""
-    low, total = max(1, 2 * mean - high), mean * len(wanted)
-    counts = [min(high, max(low, int(np.floor(w)))) for w in wanted]
-    while sum(counts) != total:
-        step = 1 if sum(counts) < total else -1
-        open_ = [i for i, c in enumerate(counts) if low <= c + step <= high]
-        best = max(open_, key=lambda i: step * (wanted[i] - counts[i]))
-        counts[best] += step
-    return counts
-
-
-def searched_counts(
-    model: Model,
-    step: Step,
-    search: Step,
-    shape: Shape,
-    data: CalibrationSet,
-    folder: Path,
-    choose: Choose,
-    tick: Tick | None = None,
-) -> tuple[Counts, dict[str, Any]]:
-    """Units that each block keeps, and how they were found. ``shape``: the widths that are saved, which no block exceeds."""
-    full, mean, high = full_shape(model), asdict(mean_shape(model, step)), asdict(shape)
-    gone = [kind for kind in KINDS if mean[kind] < full[kind]]
-    layers = []
+@torch.no_grad()
+def loss_of(model: Model, plan: Mapping[str, Sequence[int]], order: Mapping[str, Tensor], ids: Tensor) -> float:
+    """Mean next-token loss on ``ids`` (samples, tokens) without the units behind the first ``plan[kind][block]`` of
+    ``order[kind]`` (blocks, units), best first."""
+    hidden = model.embed(ids)
     for i in range(model.blocks):
         block = model.load_block(i)
-        for kind in gone:
-            size = units_of(block.row, block.config, block.linears, kind).size
-            layers.append(LayerSummary(f"{kind} {i}", i, kind, full[kind], size, {}))
-    sizes = np.array([layer.size for layer in layers], float)
-    shares = np.array([1 - mean[layer.role] / full[layer.role] for layer in layers])
-    target = float((shares * sizes).sum() / sizes.sum())
+        for kind, counts in plan.items():
+            units = units_of(block.row, block.config, block.linears, kind)
+            block.parameters = masked(block.parameters, units, order[kind][i, : counts[i]].sort().values)
+        hidden = block.forward(hidden)
+    return sum(float(next_token(model.head(h[None]), x[None])) for h, x in zip(hidden, ids, strict=True)) / len(ids)
 
-    def counts_of(budget: Budget) -> Counts:
-        out = {kind: [mean[kind]] * model.blocks for kind in KINDS}
-        for kind in gone:
-            lost = np.array([budget.values[f"{kind} {i}"] for i in range(model.blocks)])
-            kept = mean[kind] - (lost - lost.mean()) * full[kind]
-            out[kind] = count_units(kept.tolist(), mean[kind], high[kind])
-        return out
 
-    c = search.config
-    few = replace(data, ids=data.ids[: c.trial_samples], held_out=data.held_out[: c.trial_windows])
-    memory = Memory(folder.with_name(f"{folder.name}-trials.json"))  # outlives a step that was killed
+def counts_of(shares: Sequence[float], count: int, mean: int, low: int, high: int) -> list[int]:
+    """Whole numbers of units near ``shares`` of ``count`` (fractions that go), between ``low`` and ``high``; their mean is exact."""
+    wanted = [(1 - s) * count for s in shares]
+    out = [min(max(int(w), low), high) for w in wanted]
+    while (missing := mean * len(out) - sum(out)) != 0:
+        step = 1 if missing > 0 else -1
+        able = [i for i, n in enumerate(out) if low <= n + step <= high]
+        able.sort(key=lambda i: step * (out[i] - wanted[i]))
+        for i in able[: abs(missing)]:
+            out[i] += step
+    return out
 
-    @torch.no_grad()
-    def loss(counts: Counts, label: str) -> float:
-        batches = embed(model, few.ids)
-        hidden, watch = batches + embed(model, few.held_out), len(batches)
-        for i in range(model.blocks):
-            hidden = choose(model.load_block(i), {k: n[i] for k, n in counts.items()}, hidden, watch)
+
+def searched(
+    model: Model,
+    scores: Mapping[str, Tensor],
+    mean: Mapping[str, int],
+    high: Mapping[str, int],
+    ids: Tensor,
+    plans: int,
+    tick: Tick | None = None,
+) -> tuple[Plan, dict[str, Any]]:
+    """The best plan for ``scores`` (kind → (blocks, units)), and how it was found, for the manifest."""
+    ids = ids[:_SAMPLES]
+    order = {k: s.argsort(dim=1, descending=True, stable=True) for k, s in scores.items()}
+    plan: Plan = {k: [mean[k]] * model.blocks for k in scores}
+    record: dict[str, Any] = {}
+    for kind, ranked in order.items():
+        count, low = ranked.shape[1], max(1, 2 * mean[kind] - high[kind])
+        if not mean[kind] < high[kind] or mean[kind] == count:
+            continue
+        names = [f"block {i}" for i in range(model.blocks)]
+        layers = [LayerSummary(n, i, kind, count, 1) for i, n in enumerate(names)]
+        config = PredictorSearch(
+            plans=plans, rounds=1, verify=max(2, plans // 8), spread=(high[kind] - mean[kind]) / count
+        )
+
+        def measure(budget: Budget, layers: Sequence[LayerSummary], target: float, label: str) -> float:
+            counts = counts_of([budget.values[n] for n in names], count, mean[kind], low, high[kind])  # noqa: B023
             if tick:
-                tick(label, i + 1, model.blocks)
-        final = torch.cat(hidden[watch:])
-        losses = [token_losses(model, h[None], row).mean() for h, row in zip(final, few.held_out, strict=True)]
-        return float(torch.stack(losses).mean())
+                tick(f"{kind}: {label}", 0, 1)  # noqa: B023
+            return loss_of(model, plan | {kind: counts}, order, ids)  # noqa: B023
 
-    def measure(budget: Budget, layers: Sequence[LayerSummary], target: float, label: str) -> float:
-        counts = counts_of(budget)
-        whole = {f"{k} {i}": float(n) for k, per in counts.items() for i, n in enumerate(per)}
-        return memory.recall(Budget("units", whole), lambda: loss(counts, label))
-
-    config = replace(c, spread=min(c.spread, step.config.spread))
-    budget = search.method.run(layers, target, config, measure)
-    return counts_of(budget), {"search": dict(budget.notes)}
+        found = predictor_search(layers, 1 - mean[kind] / count, config, measure)
+        plan[kind] = counts_of([found.values[n] for n in names], count, mean[kind], low, high[kind])
+        record[kind] = {**found.notes, "counts": plan[kind]}
+    return plan, record
