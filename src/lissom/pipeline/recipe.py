@@ -272,7 +272,7 @@ def _step(entry: dict[str, Any], index: int, problems: list[str]) -> Step:
     constraint = build(ConstraintSettings, shared, where, problems)
     if constraint.per is None:
         constraint = replace(constraint, per="layer" if constraint.unit != "element" else method.comparison)
-    if method.fold is not None and constraint.bits == 16:
+    if method.kind == "solver" and method.fold is not None and constraint.bits == 16:
         method = replace(method, kind="fold")
     return Step(method, config, constraint)
 
