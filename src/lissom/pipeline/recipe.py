@@ -408,11 +408,6 @@ def _check(recipe: Recipe) -> list[str]:
         out.append(f"calibration: samples ≥ 1 and length ≥ 2 are needed, not {c.samples} × {c.length}")
     out += textless_problems(recipe) if c.data == NONE else []
     odd = [t.name for t in recipe.steps if "forms" in t.method.makes and t.constraint.bits != 16]
-    if odd and recipe.save.format not in ("packed", "dense"):
-        out.append(
-            f"save: format {recipe.save.format} holds uniform integer grids, and {odd[0]} makes another form; use format "
-            "packed, or dense"
-        )
     if odd and any(s.method.kind == "training" for s in recipe.steps):
         out.append(
             f"step {len(recipe.steps)} ({recipe.steps[-1].name}): trains codes of uniform grids and plain weights; what {odd[0]} "
