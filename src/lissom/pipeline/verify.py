@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ _TOKENS = 128  # of the first calibration sample, for the comparison of logits
 _TOLERANCE = 2e-3  # of the largest logit: different kernels add in different orders
 # a difference in the last bit may move a rounded activation to the next code, and then everything after it
 _ROUNDED_TOLERANCE = 5e-2
+_HALF_TOLERANCE = 5e-2  # eight bits of mantissa in every weight and activation
 
 
 def checksum(weight: Tensor) -> int:
@@ -76,8 +78,10 @@ def _transformers(folder: Path, model: Model, ids: Tensor, hidden: Tensor) -> st
         return f"not tried: needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
     from transformers import AutoModelForCausalLM
 
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    beside, allowed = "", _TOLERANCE
+    half = _unpacked_in_half(folder)
+    kind = torch.bfloat16 if half else torch.float32
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=kind).eval()
+    beside, allowed = (", in bfloat16", _HALF_TOLERANCE) if half else ("", _TOLERANCE)
     if model.operators and getattr(theirs, "hf_quantizer", None) is None:
         bare = copy.copy(model)
         bare.operators = Operators()
@@ -89,6 +93,12 @@ def _transformers(folder: Path, model: Model, ids: Tensor, hidden: Tensor) -> st
     if gap > allowed:
         raise FormatError(f"{folder}: transformers' logits differ from ours by {gap:.2e} of their size")
     return f"AutoModelForCausalLM.from_pretrained gives the same logits to {gap:.1e}{beside}"
+
+
+def _unpacked_in_half(folder: Path) -> bool:
+    """Whether compressed-tensors gives the weights back in bfloat16 whatever the model's dtype: it does for FP4."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config", {})
+    return any("fp4" in str(group.get("format")) for group in config.get("config_groups", {}).values())
 
 
 def _gap(a: Tensor, b: Tensor) -> float:
