@@ -106,7 +106,7 @@ class Problem:
         W = self.weight
         if self.stats.gram is None:
             return W.square() @ (self.stats.sumsq / max(self.stats.count, 1))
-        return 0.5 * ((W @ self.stats.hessian) * W).sum(1).clamp_min(0)
+        return ((W @ self.stats.gram) * W).sum(1).clamp_min(0) / max(self.stats.count, 1)
 
     def project(self, score: Tensor, weight: Tensor | None = None, notes: Mapping[str, float] | None = None) -> Solved:
         """The solution without error feedback: keep the best scores, then round to nearest."""
