@@ -1,5 +1,6 @@
 """Images: the same model from a mapped file, without torch; damage and old files are noticed."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -99,6 +100,19 @@ def test_damaged_images_are_refused_and_made_again(damage, llama, cache):
         read_image(image)
     assert generate(open_runner(str(llama), context=64), "class", max_tokens=5) == expected
     read_image(image)
+
+
+def test_a_full_disk_costs_the_image_only(llama, cache, monkeypatch):
+    expected = generate(open_runner(str(llama), context=64), "class", max_tokens=5)
+    for file in cache.iterdir():
+        file.unlink()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("lissom.run.image._fill", full)
+    assert generate(open_runner(str(llama), context=64), "class", max_tokens=5) == expected
+    assert not list(cache.iterdir())
 
 
 def test_the_slow_start_is_told(llama, cache):
