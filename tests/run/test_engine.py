@@ -345,7 +345,7 @@ def test_damaged_checkpoints_are_refused(tmp_path):
     tensors[name] = torch.full_like(tensors[name], 255)  # ranks of 4 of 16: up to 1819 of 2047
     metadata.pop("sha256", None)
     save_file(tensors, file, metadata)
-    with pytest.raises(LissomError, match="range|position"):
+    with pytest.raises(LissomError, match=r"range|position"):
         Engine(tmp_path / "out", threads=1)
 
 

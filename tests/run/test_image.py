@@ -41,7 +41,7 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "images"
 
 
-def test_a_mapped_model_is_the_same(tmp_path):
+def test_a_mapped_model_is_the_same(tmp_path, monkeypatch):
     tiny_model("qwen2", tmp_path, use_sliding_window=False, hidden_size=64)
     for name in ("int4", "4:16 int4", None):
         parts = load(tmp_path, rounding(name) if name else None)
@@ -51,8 +51,11 @@ def test_a_mapped_model_is_the_same(tmp_path):
         assert mapped.layers == parts.layers and mapped.sizes == parts.sizes and mapped.ends() == parts.ends()
         assert mapped.recorded == parts.recorded
         ids = np.arange(5, 40)
-        a, b = (Engine(p, context=64, threads=1).step(ids, want="all") for p in (parts, mapped))
-        assert np.array_equal(a, b)
+        monkeypatch.setenv("LISSOM_MAP", "1")
+        truly = read_image(tmp_path / "x.image")
+        monkeypatch.delenv("LISSOM_MAP")
+        a, b, c = (Engine(p, context=64, threads=1).step(ids, want="all") for p in (parts, mapped, truly))
+        assert np.array_equal(a, b) and np.array_equal(a, c)
 
 
 def test_spill_lists_and_binary_weights_are_mapped_too():
