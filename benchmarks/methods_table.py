@@ -44,7 +44,7 @@ SOLVERS: dict[str, list[dict[str, Any]]] = {
     "gblm": [{"use": "gblm"}],
     "obd": [{"use": "obd"}],
     "obs": [{"use": "obs"}],
-    "llm-surgeon": [{"use": "llm-surgeon", "shots": 1, "iterations": 20}],
+    "llm-surgeon": [{"use": "llm-surgeon", "steps": 1, "iterations": 20}],
     "isc": [{"use": "isc"}],
     "sparsegpt": [{"use": "sparsegpt"}],
     "wanda, dsnot": [{"use": "wanda"}, {"use": "dsnot"}],

@@ -72,6 +72,15 @@ def test_shots_take_statistics_of_the_model_as_it_is_then(trained, tmp_path):
     assert any(not torch.equal(both[n], once[n]) for n in both)
 
 
+def test_error_feedback_brings_no_weight_back_that_an_earlier_shot_removed(trained, tmp_path):
+    step = {"use": "sparsegpt", "sparsity": 0.6, "only": ["q", "down"], "block": 16}  # later blocks see feedback first
+    lissom.compress(trained, tmp_path / "both", [{**step, "shots": 2, "schedule": "cubic"}], overrides=SMALL)
+    lissom.compress(trained, tmp_path / "half", [{**step, "sparsity": 0.6 * (1 - 0.5**3)}], overrides=SMALL)
+    both, half = (weights(tmp_path / n) for n in ("both", "half"))
+    assert all(not both[n][half[n] == 0].any() for n in both)
+    assert any(int((both[n] != half[n])[half[n] != 0].sum()) for n in both)  # what remains moves again
+
+
 def test_shots_with_budgets_gradients_and_a_grid_at_the_end(trained, tmp_path):
     step = {
         "use": "llm-surgeon",
@@ -198,6 +207,23 @@ def test_options_that_do_not_go_together_are_refused(steps, words):
 def test_without_text_nothing_is_learned_from_it(steps, words):
     with pytest.raises(RecipeError, match=words):
         read(steps, ["calibration.data=none"])
+
+
+def test_without_text_what_the_run_rounds_by_token_is_allowed():
+    assert read([{"use": "wanda", "sparsity": 0.5}, {"use": "kv-cache"}], ["calibration.data=none"]).steps
+    with pytest.raises(RecipeError, match="kv-cache learns from text"):
+        read([{"use": "wanda", "sparsity": 0.5}, {"use": "kv-cache", "static": True}], ["calibration.data=none"])
+
+
+def test_a_target_is_met_in_one_pass():
+    with pytest.raises(RecipeError, match="leave out alps's shots"):
+        read(
+            {
+                "steps": [{"use": "alps", "sparsity": 0.5, "shots": 2}],
+                "target": {"bits": 3},
+                "save": {"format": "packed"},
+            }
+        )
 
 
 def test_units_must_divide_the_layers(trained):

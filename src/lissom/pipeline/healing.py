@@ -19,12 +19,14 @@ from ..methods.heal.legal import Legal
 from ..models import Model
 from ..train import (
     Batches,
+    Gradual,
     Latent,
     LoRA,
     Network,
     Training,
     cache_teacher,
     held_out_loss,
+    loss_against,
     loss_against_cache,
     solved_of,
     train,
@@ -86,7 +88,8 @@ def heal(
     tick: Tick | None = None,
 ) -> Healed:
     """Train the model whose parts ``artefact`` holds against ``dense``; ``data``: text, where the step names none.
-    Where ``dense`` is larger than ``model`` (structured steps came before), every layer is trained, else the solved ones.
+    The solved layers are trained; every layer where ``dense`` is larger than ``model`` (structured steps came before), or
+    where nothing was solved because the source was compressed before: then its zeros stay where a layer has many of them.
 
     The state lives in ``folder``: a killed training goes on from there, and one killed while the parts are written again
     writes them all once more. ``ids`` (1, tokens): a sample to compare the reloaded artefact with.
@@ -101,19 +104,26 @@ def heal(
         )
     judged = windows(tokens[-apart:], config.held_out, config.length)
     batches = Batches(tokens[:-apart], config.length, config.batch, config.seed)
-    student, before = _student(model, artefact, records, config, everything=_shrunk(dense, model))
+    student, before = _student(
+        model, artefact, records, config, everything=_shrunk(dense, model) or not _solves(records)
+    )
     teacher = teacher_of(dense, step)
     if config.cache:
         loss = _cached_loss(teacher, student, batches, config, folder / "teacher")
     else:
-        loss = _loss(teacher, student, step)
+        loss = loss_against(
+            student, Network(teacher), config.objective(), lambda *outputs: step.method.run(*outputs[:3], config)
+        )
     settings = Training(
         steps=config.steps, minutes=config.minutes, accumulate=config.accumulate, learning_rate=config.learning_rate,
-        warmup=config.warmup, ema=config.ema, patience=config.patience, evaluate_every=config.evaluate_every,
+        warmup=config.warmup, rewind=config.rewind, ema=config.ema, patience=config.patience, evaluate_every=config.evaluate_every,
         precision=config.precision, save_every=4 * config.evaluate_every,
+        keep_best=config.gradual is None,
     )  # fmt: skip
+    grow = _gradual(student, records, config)
     state = train(
-        student.leaves(), loss, batches, settings, folder=folder,
+        student.leaves() | (grow.leaves() if grow else {}), loss, batches, settings, folder=folder,
+        before_step=grow.step if grow else None,
         tensorboard=Path(config.tensorboard) if config.tensorboard else None,
         held_out=lambda: held_out_loss(student, judged),
         identity=json.dumps(
@@ -128,21 +138,6 @@ def heal(
             hidden = block.forward(hidden)
     history = [{k: None if v != v else v for k, v in row.items()} for row in state.history]
     return Healed(new, hidden, history)
-
-
-def _loss(dense: Model, student: Network, step: Step) -> Callable[[Tensor], Tensor]:
-    """Of the student beside the dense model, which runs along where a term of the loss needs it."""
-    config = step.config
-    teacher = Network(dense)
-
-    def loss(batch: Tensor) -> Tensor:
-        wants_hidden = config.hidden > 0
-        ours = student.forward(batch, hidden=wants_hidden)
-        with torch.no_grad():
-            theirs = teacher.forward(batch, hidden=wants_hidden) if config.objective().needs_teacher else None
-        return step.method.run(ours, theirs, batch, config)
-
-    return loss
 
 
 def _cached_loss(
@@ -162,6 +157,10 @@ def _shrunk(dense: Model, model: Model) -> bool:
     return dense.blocks != model.blocks or dense.linears(0) != model.linears(0)
 
 
+def _solves(records: Sequence[LayerRecord]) -> bool:
+    return any(r.error is not None for r in records)
+
+
 def _student(
     model: Model, artefact: Artefact, records: Sequence[LayerRecord], config: Any, everything: bool
 ) -> tuple[Network, dict[str, StoredLayer]]:
@@ -179,7 +178,7 @@ def _student(
                 block.set_weight(name, block.weight(name).to(artefact.dtype).float())
                 if not everything:
                     continue
-            layer = stored.get(name) or StoredLayer(None, None, "dense", block.weight(name))
+            layer = stored.get(name) or StoredLayer(None, _zeros_of(block.weight(name)), "dense", block.weight(name))
             block.set_weight(name, layer.weight)
             mask = layer.mask if by_name[name].sparsity > 0 else None
             legal = Legal(mask, layer.codes)
@@ -192,6 +191,24 @@ def _student(
             rest = [k for k, v in block.parameters.items() if v.dim() == 1 and v.is_floating_point()]
             student.forms |= {k: Latent(block.parameters[k].clone()) for k in rest}
     return student, stored
+
+
+def _gradual(student: Network, records: Sequence[LayerRecord], config: Any) -> Gradual | None:
+    if config.gradual is None:
+        return None
+    free = {f"{r.name}.weight" for r in records if ":" not in r.pattern}
+    return Gradual(
+        {n: f for n, f in student.forms.items() if n in free and isinstance(f, Latent)},
+        config.gradual, config.updates, config.rise,
+    )  # fmt: skip
+
+
+_PRUNED = 0.05  # a dense layer with more zeros than this was pruned, and its zeros stay
+
+
+def _zeros_of(weight: Tensor) -> Tensor | None:
+    mask = weight != 0
+    return None if float((~mask).float().mean()) <= _PRUNED else mask
 
 
 def _write(
@@ -209,10 +226,13 @@ def _write(
             form = forms.get(f"{layer.name}.weight")
             if isinstance(form, Latent | LoRA) and layer.name in before:
                 solved = solved_of(form, _solved(before[layer.name], form.legal.mask))
-                result = LayerResult(layer, solved, record.pattern, 0.0, 0.0)
+                pattern = "unstructured" if record.pattern == "dense" and solved.mask is not None else record.pattern
+                result = LayerResult(layer, solved, pattern, 0.0, 0.0)
             new, stored = artefact.layer(block, layer, result, record.cluster)
             block.set_weight(layer.name, stored)
-            out.append(replace(record, sparsity=new.sparsity, bytes=new.bytes, checksum=new.checksum))
+            out.append(
+                replace(record, pattern=new.pattern, sparsity=new.sparsity, bytes=new.bytes, checksum=new.checksum)
+            )
         artefact.block(i, block)
     return out
 

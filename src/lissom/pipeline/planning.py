@@ -86,6 +86,12 @@ def make_plan(model: Model, recipe: Recipe, out: Path | None = None, calibration
         problems.append(
             f"{trained[0].name}: format dense keeps no grid, so training would leave it; save as packed or compressed-tensors"
         )
+    stored = getattr(model.checkpoint, "format", "dense")
+    if trained and not solvers and stored not in ("dense", "planned"):
+        problems.append(
+            f"{trained[0].name}: {model.checkpoint.source} is stored as {stored}, whose masks and grids would be lost by "
+            "training alone; start from the dense model and put the training into the recipe that compressed it"
+        )
     positions, length = getattr(model.config, "max_position_embeddings", None), recipe.calibration.length
     if positions and length > positions:
         text = f"calibration: samples of {length} tokens are longer than the {positions} positions of the model"
@@ -162,7 +168,7 @@ def _misfits(step: Step, layers: list[Linear], warnings: list[str]) -> Iterator[
 
 def _stored_as(layer: Linear, solvers: list[Step], transposed: bool) -> LayerPlan:
     """The layer as the codec will get it, at the recipe's average sparsity."""
-    pattern, bits, size, symmetric = "dense", None, None, False
+    pattern, bits, size, symmetric, form = "dense", None, None, False, None
     for step in solvers:
         c = step.constraint
         if wanted(layer, c):
@@ -171,7 +177,8 @@ def _stored_as(layer: Linear, solvers: list[Step], transposed: bool) -> LayerPla
             if c.bits != 16:
                 bits, symmetric = c.bits, c.symmetric
                 size = c.group_size if 0 < c.group_size < layer.columns else None
-    return LayerPlan(layer.name, (layer.rows, layer.columns), pattern, bits, size, symmetric, transposed)
+                form = getattr(step.config, "table", step.name) if "forms" in step.method.makes else None
+    return LayerPlan(layer.name, (layer.rows, layer.columns), pattern, bits, size, symmetric, transposed, form=form)
 
 
 def _together(lines: Iterable[str]) -> list[str]:
@@ -277,6 +284,13 @@ def estimate(model: Model, recipe: Recipe, layers: list[Linear], tokens: int) ->
             minutes = getattr(c, "minutes", None)
             seconds += whole if minutes is None else min(whole, 60 * minutes)
     seconds += 3.5 * tokens * weights * sum(epochs) / matmul_speed() if epochs else 0
+    for step in recipe.steps:
+        c, each = step.config, 1.3 * recipe.calibration.length * weights / matmul_speed()
+        if "trials" in step.method.needs:
+            trials = c.plans + c.rounds * c.verify
+            seconds += shots * trials * (c.trial_samples + c.trial_windows) * each
+        if step.method.learn is not None:  # a forward and a backward
+            seconds += shots * 3 * c.epochs * allocation_samples(recipe) * each
     # dense float32 checkpoints of the steps that rewrite weights
     folded = (
         4

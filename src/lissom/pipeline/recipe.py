@@ -25,15 +25,18 @@ from typing import Any, Literal
 import yaml
 
 from ..core import Method, RecipeError
+from ..export import CODECS
+from ..export.integer import FORMAT as INTEGER
 from ..methods import METHODS
-from .constraints import ConstraintSettings, pruning_problems, textless_problems
+from .constraints import ConstraintSettings, pruning_problems, target_problems, textless_problems
+from .overrides import CONSTRAINT, apply, takes
 from .settings import build, suggest
 from .target import Target, problems_of
 
 
 @dataclass(frozen=True)
 class Save:
-    """``format`` packed|dense|compressed-tensors; ``dtype`` of what is not quantized: auto|float16|bfloat16|float32;
+    """``format`` packed|dense|compressed-tensors|int-quantized|gptq|gptq-v2; ``dtype`` of what is not quantized: auto|float16|bfloat16|float32;
     ``embedding_bits`` 2–8 quantizes embedding and head by rounding to nearest (packed only), 16 leaves them."""
 
     format: str = "dense"
@@ -57,6 +60,12 @@ class Calibration:
     seed: int = 0
     allocation_samples: int | None = None
     statistics: Literal["stage", "block"] = "stage"
+
+
+SECTIONS = {
+    "save": Save,
+    "calibration": Calibration,
+}  # whose settings a bare key of ``--set`` reaches when no step has them
 
 
 @dataclass(frozen=True)
@@ -169,13 +178,14 @@ def read(source: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]], o
         raise RecipeError(problems)
     sections = {key: dict(data.get(key) or {}) for key in ("save", "calibration", "target")}
     for override in overrides:
-        _override(override, entries, sections, problems)
+        apply(override, entries, sections, SECTIONS, problems)
     steps = tuple(_step(entry, i, problems) for i, entry in enumerate(entries))
     steps = _compared_everywhere(steps)
     save = build(Save, sections["save"], "save", problems)
     calibration = build(Calibration, sections["calibration"], "calibration", problems)
     target = build(Target, sections["target"], "target", problems) if sections["target"] else None
     if target:
+        problems += target_problems(steps)
         problems += problems_of(target, steps, save.format, overrides)
         steps = _freed([step for step in steps if step.method.kind != "allocation"])
     recipe = Recipe(str(data.get("name") or name), steps, str(data.get("summary") or ""), save, calibration, target)
@@ -211,66 +221,19 @@ def _load(source: Any) -> tuple[str, Mapping[str, Any]]:
     return "recipe", {"steps": list(source)}
 
 
-_CONSTRAINT = {f.name for f in dataclasses.fields(ConstraintSettings)}
-
-
-def _takes(use: str) -> set[str]:
-    method = METHODS[use]
-    return set(method.settings()) | (_CONSTRAINT if method.kind == "solver" else set())
-
-
-def _override(
-    text: str, entries: list[dict[str, Any]], sections: dict[str, dict[str, Any]], problems: list[str]
-) -> None:
-    key, equals, raw = text.partition("=")
-    key = key.strip()
-    if not equals or not key:
-        problems.append(f"--set {text!r}: write key=value")
-        return
-    try:
-        value = yaml.safe_load(raw)
-    except yaml.YAMLError:
-        problems.append(f"--set {text!r}: the value is not valid YAML")
-        return
-    owner, dot, short = key.rpartition(".")
-    fields = {"save": Save, "calibration": Calibration}
-    if dot and owner in sections:
-        sections[owner][short] = value
-        return
-    if dot:
-        named = [e for e in entries if e["use"] == owner]
-        if not named:
-            problems.append(f"--set {text!r}: no step {owner!r}{suggest(owner, [e['use'] for e in entries])}")
-        for entry in named:
-            entry[short] = value
-        return
-    spelled = [e for e in entries if key in e and key != "use"]
-    able = spelled or [e for e in entries if key in _takes(e["use"])]
-    for entry in able:
-        entry[key] = value
-    for section, cls in fields.items():
-        if not able and key in {f.name for f in dataclasses.fields(cls)}:
-            sections[section][key] = value
-            return
-    if not able:
-        known = {k for e in entries for k in _takes(e["use"])}
-        known |= {f.name for cls in fields.values() for f in dataclasses.fields(cls)}
-        problems.append(f"--set {text!r}: no step of this recipe has a setting {key!r}{suggest(key, sorted(known))}")
-
-
 def _step(entry: dict[str, Any], index: int, problems: list[str]) -> Step:
     method = METHODS[entry.pop("use")]
     where = f"step {index + 1} ({method.name})"
     own = {k: v for k, v in entry.items() if k in method.settings()}
-    shared = {k: v for k, v in entry.items() if k in _CONSTRAINT and k not in own and method.kind == "solver"}
+    shared = {k: v for k, v in entry.items() if k in CONSTRAINT and k not in own and method.kind == "solver"}
     for key in entry:
         if key not in own and key not in shared:
-            problems.append(f"{where}: unknown setting {key!r}{suggest(key, sorted(_takes(method.name)))}")
+            problems.append(f"{where}: unknown setting {key!r}{suggest(key, sorted(takes(method.name)))}")
     config = build(method.config, own, where, problems)
     constraint = build(ConstraintSettings, shared, where, problems)
     if constraint.per is None:
         constraint = replace(constraint, per="layer" if constraint.unit != "element" else method.comparison)
-    if method.fold is not None and constraint.bits == 16:
+    if method.kind == "solver" and method.fold is not None and constraint.bits == 16:
         method = replace(method, kind="fold")
     return Step(method, config, constraint)
 
@@ -318,7 +281,12 @@ def _check(recipe: Recipe) -> list[str]:
                 )
             pending = step
             continue
-        kinds = {s.method.kind for s in recipe.steps[:i]}
+        if pending and step.method.kind != "solver":
+            out.append(
+                f"{where}: {pending.name} before it shares the budget of a pruning or quantization step; put it directly before that"
+            )
+            pending = None
+        kinds = {s.method.kind for s in recipe.steps[:i] if s.method.kind != "allocation"}
         if step.method.kind in REWRITES and kinds - set(REWRITES):
             out.append(f"{where}: {step.name} rewrites the dense model; it must come before every other kind of step")
         if step.method.kind in ("fold", "rotation") and kinds & {"solver", "block", "training"}:
@@ -328,8 +296,14 @@ def _check(recipe: Recipe) -> list[str]:
         if step.method.kind == "fold" and (c.prunes or c.pattern != "unstructured"):
             out.append(f"{where}: {step.name} does not prune; put a pruning step after it")
         mendable = {"solver"} if step.method.kind == "block" else {"solver", *STRUCTURED}
-        if step.method.kind in ("block", "training") and not kinds & mendable:
-            out.append(f"{where}: {step.name} works on solved layers; put a pruning or quantization step before it")
+        alone = step.method.kind == "training" and bool(getattr(step.config, "teacher", ""))
+        if step.method.kind in ("block", "training") and not kinds & mendable and not alone:
+            own = (
+                ", or name the teacher of a model that is compressed already" if step.method.kind == "training" else ""
+            )
+            out.append(
+                f"{where}: {step.name} works on solved layers; put a pruning or quantization step before it{own}"
+            )
         if step.method.kind == "block" and any(s.method.kind == "solver" for s in recipe.steps[i:]):
             out.append(f"{where}: {step.name} works on whole blocks; put it after every pruning and quantization step")
         if step.method.kind == "training" and i + 1 < len(recipe.steps):
@@ -395,17 +369,19 @@ def _check(recipe: Recipe) -> list[str]:
         out.append(f"calibration: samples ≥ 1 and length ≥ 2 are needed, not {c.samples} × {c.length}")
     out += textless_problems(recipe) if c.data == NONE else []
     odd = [t.name for t in recipe.steps if "forms" in t.method.makes and t.constraint.bits != 16]
-    if odd and recipe.save.format not in ("packed", "dense"):
-        out.append(
-            f"save: format {recipe.save.format} holds uniform integer grids, and {odd[0]} makes another form; use format "
-            "packed, or dense"
-        )
     if odd and any(s.method.kind == "training" for s in recipe.steps):
         out.append(
             f"step {len(recipe.steps)} ({recipe.steps[-1].name}): trains codes of uniform grids and plain weights; what {odd[0]} "
             "makes would be lost"
         )
     s = recipe.save
+    whole = [t.name for t in recipe.steps if t.method.kind == "integer"]
+    if whole and len(recipe.steps) > 1:
+        out.append(f"step 1 ({whole[0]}): it makes the whole encoder; take out the other steps")
+    if bool(whole) != (s.format == INTEGER):
+        out.append(
+            f"save: format {INTEGER} belongs to ibert, and ibert to it; this is {s.format} with {recipe.steps[0].name}"
+        )
     if s.format not in FORMATS:
         out.append(f"save: unknown format {s.format!r}{suggest(s.format, FORMATS)}")
     if s.dtype not in ("auto", "float16", "bfloat16", "float32"):
@@ -417,4 +393,4 @@ def _check(recipe: Recipe) -> list[str]:
     return out
 
 
-FORMATS = ("dense", "packed", "compressed-tensors")
+FORMATS = (*CODECS, INTEGER)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import inspect
+import json
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +18,14 @@ from torch import Tensor
 
 from ..core import FormatError
 from ..evaluate import forward
-from ..export import open_model
+from ..export import codec_named, open_model
 from ..models import Model, Operators
 
 _TOKENS = 128  # of the first calibration sample, for the comparison of logits
 _TOLERANCE = 2e-3  # of the largest logit: different kernels add in different orders
 # a difference in the last bit may move a rounded activation to the next code, and then everything after it
 _ROUNDED_TOLERANCE = 5e-2
+_HALF_TOLERANCE = 5e-2  # eight bits of mantissa in every weight and activation
 
 
 def checksum(weight: Tensor) -> int:
@@ -55,8 +60,11 @@ def verify(
             f"{folder}: the reloaded model's hidden states differ from the run's by {gap:.2e} of their size"
         )
     found["forward"] = f"hidden states of {ids.shape[1]} tokens agree to {gap:.1e}"
-    if manifest["recipe"]["save"]["format"] != "packed":
+    reader = codec_named(manifest["recipe"]["save"]["format"]).reader
+    if reader and importlib.util.find_spec(reader):
         found["transformers"] = _transformers(folder, model, ids, again)
+    elif reader:
+        found["transformers"] = f"not tried: it loads this format by {reader}, which is not installed"
     if note:
         for what, result in found.items():
             note(f"loaded back, {what}: {result}")
@@ -72,20 +80,46 @@ def _transformers(folder: Path, model: Model, ids: Tensor, hidden: Tensor) -> st
         return f"not tried: needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
     from transformers import AutoModelForCausalLM
 
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    beside, allowed = "", _TOLERANCE
+    half = _unpacked_in_half(folder)
+    kind = torch.bfloat16 if half else torch.float32
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=kind).eval()
+    beside, allowed = (", in bfloat16", _HALF_TOLERANCE) if half else ("", _TOLERANCE)
     if model.operators and getattr(theirs, "hf_quantizer", None) is None:
-        bare = copy.copy(model)
-        bare.operators = Operators()
-        model, hidden = bare, forward(bare, ids).hidden[0]
+        model, hidden = _without(model, Operators(), ids)
         beside = ", both without the run-time operators, which it does not know"
     elif model.operators:
         allowed, beside = _ROUNDED_TOLERANCE, ", both with rounded activations or cache"
+        if model.operators.cache and not cache_is_rounded(theirs):
+            model, hidden = _without(model, replace(model.operators, cache=None), ids)
+            beside = (
+                ", both without the rounded cache: this transformers and compressed-tensors do not round it together"
+            )
     gap = _gap(theirs(ids).logits, model.head(hidden))
     if gap > allowed:
         raise FormatError(f"{folder}: transformers' logits differ from ours by {gap:.2e} of their size")
     return f"AutoModelForCausalLM.from_pretrained gives the same logits to {gap:.1e}{beside}"
 
 
+def _unpacked_in_half(folder: Path) -> bool:
+    """Whether compressed-tensors gives the weights back in bfloat16 whatever the model's dtype: it does for FP4."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config", {})
+    return any("fp4" in str(group.get("format")) for group in config.get("config_groups", {}).values())
+
+
 def _gap(a: Tensor, b: Tensor) -> float:
     return float((a.float() - b.float()).abs().max() / b.float().abs().max().clamp_min(1e-12))
+
+
+def _without(model: Model, operators: Operators, ids: Tensor) -> tuple[Model, Tensor]:
+    """The model with only ``operators``, and its hidden states."""
+    bare = copy.copy(model)
+    bare.operators = operators
+    return bare, forward(bare, ids).hidden[0]
+
+
+def cache_is_rounded(theirs: Any) -> bool:
+    """Whether compressed-tensors' hook reaches the cache of a transformers model: it passes its own by the name
+    ``past_key_values``, which transformers 5.24 took out of the signatures of attention."""
+    attention = [m for m in theirs.modules() if type(m).__name__.endswith("Attention")]
+    names = ("past_key_values", "past_key_value")
+    return all(any(n in inspect.signature(m.forward).parameters for n in names) for m in attention)
