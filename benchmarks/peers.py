@@ -19,7 +19,7 @@ lissom run used exactly these is checked by their hash. Evaluation: `lissom eval
 Seconds are of the whole process, start to exit (imports, reading, writing and – lissom – loading back included), and so is the peak of
 resident memory. Finished rows are kept in benchmarks/rows/peers/; ``--again`` measures them anew. Rows of one call share their
 ``run``, and only those may be compared in time. ``--wrap "slot --quiet --"`` puts a queue before each measured process, whose
-waiting is not counted; ``--wrap-evaluate`` before each evaluation. ``--render`` writes the tables into RESULTS.md.
+waiting is not counted; ``--wrap-evaluate`` before each evaluation; ``--at-once 3`` hands three rows to the queue together. ``--render`` writes the tables into RESULTS.md.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,15 @@ def peer_rows() -> dict[str, dict[str, Any]]:
         out[f"llm-compressor GPTQ W{bits} asym"] = compressor | {"method": "gptq", "symmetric": False}
         out[f"llm-compressor AWQ W{bits} asym"] = compressor | {"method": "awq", "symmetric": False, "grid": 20}
         for symmetric, word in ((True, "sym"), (False, "asym")):
-            rounds = {"tool": "auto-round", "method": "autoround", **grid, "symmetric": symmetric, "iterations": 20}
-            out[f"AutoRound W{bits} {word}, 20 iterations"] = rounds
+            rounds = {
+                "tool": "auto-round",
+                "method": "autoround",
+                **grid,
+                "symmetric": symmetric,
+                "iterations": 20,
+                "batch": 4,
+            }
+            out[f"AutoRound W{bits} {word}, 20 iterations of 4"] = rounds
     for method in ("random", "magnitude"):
         job = {"tool": "torch-pruning", "method": method, "remove": 320 / 1536}  # what lissom rounds 20% to
         out[f"Torch-Pruning {method}, 20% of the neurons"] = job
@@ -91,6 +99,10 @@ def lissom_rows() -> dict[str, list[str]]:
     for method in ("random", "structured-magnitude", "flap"):
         out[f"lissom {method}, 20% of the neurons"] = ["--recipe", str(HERE / "recipes" / f"neurons-{method}.yaml")]
     return out
+
+
+def names() -> list[str]:
+    return [*peer_rows(), *lissom_rows()]
 
 
 def measured(command: list[str], wrap: list[str], threads: int, work: Path) -> dict[str, Any]:
@@ -142,7 +154,7 @@ def run(name: str, options: argparse.Namespace, dense: Path, ids: Path, work: Pa
 def render() -> None:
     found = {r["name"]: r for r in (json.loads(p.read_text()) for p in ROWS.glob("*.json"))}
     lines = ["| run | perplexity | MB on disk | seconds | peak MB | threads | run at |", "|---" * 7 + "|"]
-    for name in (*peer_rows(), *lissom_rows()):
+    for name in names():
         if not (row := found.get(name)):
             continue
         seen = row.get("evaluate")
@@ -163,6 +175,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--wrap", default="")
     parser.add_argument("--wrap-evaluate", default="")
+    parser.add_argument("--at-once", type=int, default=1)
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--render", action="store_true")
     options = parser.parse_args()
@@ -176,16 +189,19 @@ def main() -> None:
         subprocess.run([LISSOM, "unpack", "demo", str(dense)], check=True)
         tokens = tokenize(open_model(dense).tokenizer(), load_text(str(DATA / "valid.txt")))
         np.save(ids, samples(tokens, 32, 512, 0).numpy())
-        for name in (*peer_rows(), *lissom_rows()):
-            path = ROWS / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
-            if not re.search(options.only, name) or (path.exists() and not options.again):
-                continue
-            work = base / "work"
+        paths = {n: ROWS / (re.sub(r"[^a-z0-9]+", "-", n.lower()).strip("-") + ".json") for n in names()}
+        chosen = [n for n in names() if re.search(options.only, n) and (options.again or not paths[n].exists())]
+
+        def one(name: str) -> None:
+            work = base / paths[name].stem
             work.mkdir()
             row = run(name, options, dense, ids, work) | {"run": started}
             shutil.rmtree(work)
-            path.write_text(json.dumps(row, indent=1) + "\n")
+            paths[name].write_text(json.dumps(row, indent=1) + "\n")
             print(name, row.get("evaluate", row).get("perplexity", row.get("error")), row["wall_s"], flush=True)
+
+        with ThreadPoolExecutor(options.at_once) as pool:
+            list(pool.map(one, chosen))
     finally:
         shutil.rmtree(base)
 
