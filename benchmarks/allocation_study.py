@@ -22,9 +22,10 @@ from lissom.methods.allocate.budget import meet
 from lissom.methods.allocate.loss_clusters import LossClusters, kmeans_1d, loss_clusters
 from lissom.models import Model
 from lissom.pipeline import read
-from lissom.pipeline.allocate import summarise, trial_loss
+from lissom.pipeline.allocate import summarise
 from lissom.pipeline.data import load_calibration
 from lissom.pipeline.planning import make_plan
+from lissom.pipeline.trials import trial_loss
 
 DATA = Path(__file__).parent.parent.parent / "shared" / "data" / "wikitext2"
 S = 0.7

@@ -18,6 +18,7 @@ from lissom.methods import FAMILIES, METHODS
 
 DOCS = Path(__file__).parent
 SITE = DOCS / "site"
+BENCHMARKS = DOCS.parent / "benchmarks"  # pages of results, which method pages link to
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>
@@ -82,8 +83,8 @@ def problems() -> list[str]:
 
 def build() -> None:
     shutil.rmtree(SITE, ignore_errors=True)
-    for page in sources():
-        place = page.relative_to(DOCS).with_suffix(".html")
+    for page in [*sources(), *BENCHMARKS.glob("*.md")]:
+        place = page.relative_to(DOCS if page.is_relative_to(DOCS) else DOCS.parent).with_suffix(".html")
         text = text_of(page)
         title = next((line[2:] for line in text.splitlines() if line.startswith("# ")), place.stem)
         body = MarkdownIt("commonmark").enable("table").render(text)
@@ -91,7 +92,10 @@ def build() -> None:
         target = SITE / place
         target.parent.mkdir(parents=True, exist_ok=True)
         root = "../" * (len(place.parts) - 1)
+        body = re.sub(r'href="(?:\.\./)+benchmarks/', f'href="{root}benchmarks/', body)
         target.write_text(PAGE.format(title=html.escape(title), body=body, root=root), encoding="utf-8")
+    if (BENCHMARKS / "figures").is_dir():
+        shutil.copytree(BENCHMARKS / "figures", SITE / "benchmarks" / "figures")
 
 
 def main() -> int:

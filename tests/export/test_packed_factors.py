@@ -29,10 +29,10 @@ def test_weights_come_back_bit_for_bit(pattern, name, dtype):
 def test_damaged_factors_are_named():
     one, codec, layout = solved(Sparse(0.6)), Packed(), Layout(torch.float16, "unstructured")
     tensors, entry = codec.encode(one, layout), codec.entry(one, layout)
-    with pytest.raises(FormatError, match="left must be float16"):
-        codec.decode({k: v for k, v in tensors.items() if k != "left"}, entry)
-    with pytest.raises(FormatError, match="right must be float16"):
-        codec.decode(tensors | {"right": tensors["right"][:-1]}, entry)
+    with pytest.raises(FormatError, match="must have the tensor A"):
+        codec.decode({k: v for k, v in tensors.items() if k != "A"}, entry)
+    with pytest.raises(FormatError, match="do not fit together"):
+        codec.decode(tensors | {"B": tensors["B"][:-1]}, entry)
 
 
 def test_a_run_with_oats_is_loaded_back_and_takes_fewer_bytes_than_its_dense_form(random_checkpoint, tmp_path):

@@ -5,12 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lissom.core.errors import FormatError
+from lissom.core.errors import FormatError, LissomError
 from lissom.core.grid import Codes
-from lissom.kernels import Form, Packed, PackedBinary, choose, isa, reference
+from lissom.kernels import Form, Packed, PackedBinary, choose, extension, isa, reference
 from lissom.kernels.packed import tile_columns
 
-ISAS = ["", "portable"] if isa() != "torch" else [""]
+ISAS = [""] if extension is None else extension.isas()  # every path that this processor can run
 DENSE = {2: "int2", 3: "int3", 4: "int4", 6: "int6", 8: "int8"}
 
 
@@ -117,6 +117,32 @@ def test_whatever_form_is_chosen(rows, columns, tokens, bits, group, keep, seed,
     codes = random_codes(rows, columns, bits, min(group, columns) if group == 512 else group, seed, extreme=extreme)
     mask = None if keep is None else torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < keep
     check(codes, mask, None, activations(tokens, columns, seed, extreme), threads)
+
+
+@pytest.mark.skipif("avx512" not in ISAS, reason="needs a processor with AVX-512 VNNI and VBMI")
+@given(
+    rows=st.integers(1, 40), groups=st.integers(1, 5), group=st.sampled_from([32, 64, 128]), tokens=st.integers(1, 19),
+    bits=st.sampled_from(list(DENSE)), n=st.integers(0, 16), symmetric=st.booleans(),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_avx512_gives_the_bits_of_avx2(rows, groups, group, tokens, bits, n, symmetric):
+    codes = random_codes(rows, groups * group, bits, group, n, symmetric)
+    form, mask = Form(DENSE[bits]), None
+    if n and bits in (4, 8):
+        mask = n_of_16(rows, groups * group, n, n)
+        form = Form("n:16 int4", -(-n // 2) * 2) if bits == 4 else Form("n:16 int8", -(-n // 4) * 4)
+    packed, x = Packed(codes, mask, form), activations(tokens, groups * group, n, extreme=n % 2 == 1)
+    assert torch.equal(packed.linear(x, 1, "avx512"), packed.linear(x, 1, "avx2"))
+
+
+def test_a_path_can_be_forced(monkeypatch):
+    for name in ISAS:
+        monkeypatch.setenv("LISSOM_ISA", name)
+        assert isa() == (name or "torch")
+    if extension is not None:
+        monkeypatch.setenv("LISSOM_ISA", "avx9000")
+        with pytest.raises(LissomError, match="portable"):
+            isa()
 
 
 def test_worst_case_sums_do_not_overflow():

@@ -28,7 +28,8 @@ def problem(constraint, rows=ROWS, seed=0, white=False):
     outputs = torch.randn(50, rows, generator=g)
     extras = {
         "samples": gradients,
-        "gradient": gradients.abs().sum(0),
+        "gradient": gradients.square().sum(0).sqrt(),
+        "gradient_l1": gradients.abs().sum(0),
         "fisher": gradients.square().mean(0),
         "output_gram": outputs.T @ outputs / 50,
     }

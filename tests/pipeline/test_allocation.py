@@ -10,9 +10,10 @@ import lissom
 import tiny
 from lissom.export import open_model
 from lissom.models import Model
-from lissom.pipeline.allocate import budgets_for, needs_held_out, trial_loss
+from lissom.pipeline.allocate import budgets_for, needs_held_out
 from lissom.pipeline.data import load_calibration
 from lissom.pipeline.planning import allocation_samples
+from lissom.pipeline.trials import trial_loss
 
 SMALL = ["samples=4", "length=32", "sparsity=0.7", f"calibration.data={tiny.__file__}"]
 

@@ -15,7 +15,7 @@ def test_streamed_gradients_equal_the_whole_models(kind, tmp_path):
     theirs = tiny_model(kind, tmp_path / "model")
     model = Model(open_model(tmp_path / "model"))
     ids = torch.randint(0, 300, (3, 12), generator=torch.Generator().manual_seed(0))
-    gather(model, ids, tmp_path, ["gradient", "fisher", "samples", "output_gram"])
+    gather(model, ids, tmp_path, ["gradient", "gradient_l1", "fisher", "samples", "output_gram"])
     modules, samples, outputs = dict(theirs.named_modules()), {}, {}
     for name, module in modules.items():
         if isinstance(module, torch.nn.Linear):
@@ -35,6 +35,7 @@ def test_streamed_gradients_equal_the_whole_models(kind, tmp_path):
             o = torch.cat(outputs[name])
             assert torch.allclose(extras["samples"], g, atol=1e-5, rtol=1e-3)
             assert torch.allclose(extras["gradient"], g.square().sum(0).sqrt(), atol=1e-5, rtol=1e-3)
+            assert torch.allclose(extras["gradient_l1"], g.abs().sum(0), atol=1e-5, rtol=1e-3)
             assert torch.allclose(extras["fisher"], g.square().mean(0), atol=1e-6, rtol=1e-3)
             assert torch.allclose(extras["output_gram"], o.T @ o / len(o), atol=1e-6, rtol=1e-3)
             seen += 1

@@ -136,7 +136,7 @@ def test_statistics_see_rounded_inputs_and_static_scales_are_found_first(random_
     block.operators = BlockOperators(Operators(InputGrid(3, (0, 3), static=True)), 0)
     stream_block(
         block, [hidden[0].clone()], lambda s, stats: seen.update({s[0].stage: stats}),
-        calibrate=lambda x: float(x.abs().max()) / 4,
+        calibrate=lambda x, tops: float(tops.max()) / 4,
     )  # fmt: skip
     assert set(block.operators.scales) == {0, 3}
     x = block._norm(hidden[0], "input_layernorm")
@@ -172,6 +172,34 @@ def test_operators_survive_resuming_and_compressing_again(random_checkpoint, tmp
     assert load(tmp_path / "a") is not None
 
 
+@pytest.mark.parametrize("per", ["token", "channel"])
+def test_a_cache_with_static_grids(trained, tmp_path, per):
+    """Grids of every block are in the artefact, later tokens change nothing, and 8 bits are nearly the dense model."""
+    steps = [INT8, {"use": "kv-cache", "static": True, "keys": per, "group_size": 4, "rotate": True, "bits": 8}]
+    compress(trained, tmp_path / "8", steps, overrides=[*SMALL, "format=packed"])
+    model = Model(open_model(tmp_path / "8"))
+    assert (
+        sorted(model.operators.cache_grids) == [0, 1, 2, 3]
+        and read_operators(json.loads(json.dumps(model.operators.describe()))) == model.operators
+    )
+    whole = model.forward(IDS)
+    torch.testing.assert_close(model.forward(IDS[:, :7]), whole[:, :7], atol=1e-4, rtol=1e-4)
+    block = model.load_block(1)
+    assert block.operators is not None
+    k, v = torch.randn(2, 1, model.config.num_key_value_heads, 5, block.sizes.head_dim).unbind()
+    kept = block.operators.cached(k, v)
+    scale, zero = (torch.tensor(t)[:, None] for t in model.operators.cache_grids[1][0])
+    assert kept is not None and kept[0].fresh is None
+    torch.testing.assert_close(kept[0].old, ((k / scale).round() + zero).clamp(0, 255).sub(zero) * scale)
+    compress(trained, tmp_path / "2", steps, overrides=[*SMALL, "format=packed", "kv-cache.bits=2"])
+    found = [evaluate(tmp_path / n, length=64, count=4)["perplexity"] for n in ("8", "2")]
+    dense = evaluate(trained, length=64, count=4)["perplexity"]
+    assert found[0] == pytest.approx(dense, rel=0.02) and found[1] > found[0] * 1.01
+    model.operators = dataclasses.replace(model.operators, cache_grids={})
+    with pytest.raises(FormatError, match="static grids of its cache are missing"):
+        model.forward(IDS)
+
+
 def test_a_static_artefact_can_be_healed(trained, tmp_path):
     steps = [
         INT8, {"use": "activations", "per": "tensor"},
@@ -198,6 +226,7 @@ def test_a_rotation_at_run_time_is_refused_by_loaders_that_do_not_turn(random_ch
         ("bert", [INT8, {"use": "kv-cache"}], [], "keeps no cache"),
         ("llama", [INT8, {"use": "kv-cache", "group_size": 5}], [], "do not divide heads of 8"),
         ("llama", [INT8, {"use": "kv-cache"}], ["format=compressed-tensors"], "keys per token, zero: integer"),
+        ("llama", [INT8, CT_CACHE | {"static": True}], ["format=compressed-tensors"], "static: false"),
         ("llama", [INT8, CT_CACHE | {"group_size": 64}], ["format=compressed-tensors"], "divides heads of 8"),
         ("llama", [INT8 | {"only": ["o"]}, {"use": "activations"}], ["format=compressed-tensors"], "has no bits"),
     ],

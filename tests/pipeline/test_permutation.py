@@ -4,12 +4,16 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import lissom
+import tiny
 from lissom.core import RecipeError
 from lissom.export import open_model
 from lissom.models import Model
 from lissom.models.permute import free_channels, permuted
+from lissom.pipeline.permutation import pattern_of
+from lissom.pipeline.recipe import read
 from tiny import KINDS, tiny_model
 
 SMALL = ["calibration.samples=4", "calibration.length=24"]
@@ -51,7 +55,10 @@ def test_the_step_alone_writes_an_ordinary_equal_checkpoint(tmp_path):
 
     tiny_model("llama", tmp_path / "dense")
     lissom.compress(
-        tmp_path / "dense", tmp_path / "out", [{"use": "channel-permutation"}], overrides=[*SMALL, "dtype=float32"]
+        tmp_path / "dense",
+        tmp_path / "out",
+        [{"use": "channel-permutation", "pattern": "2:4"}],
+        overrides=[*SMALL, "dtype=float32"],
     )
     old, new = (AutoModelForCausalLM.from_pretrained(tmp_path / n, dtype=torch.float32) for n in ("dense", "out"))
     ids = torch.randint(2, 300, (1, 12), generator=torch.Generator().manual_seed(0))
@@ -78,3 +85,38 @@ def test_patterns_that_do_not_fit_are_refused_in_the_plan(pattern, tmp_path):
     tiny_model("llama", tmp_path)
     with pytest.raises(RecipeError, match="channel-permutation"):
         lissom.plan(tmp_path, [{"use": "channel-permutation", "pattern": pattern}, {"use": "ria", "pattern": "2:4"}])
+
+
+def test_the_pattern_is_that_of_the_pruning_step(tmp_path):
+    tiny_model("llama", tmp_path)
+    model, permute = Model(open_model(tmp_path)), {"use": "channel-permutation"}
+    for steps, nm in [
+        ([permute, {"use": "ria", "pattern": "2:4"}], (2, 4)),
+        ([permute, {"use": "uniform"}, {"use": "ria", "pattern": "n:8", "sparsity": 0.6}], (3, 8)),
+        ([{**permute, "pattern": "1:4"}, {"use": "ria", "pattern": "2:4"}], (1, 4)),
+    ]:
+        recipe = read(steps)
+        assert pattern_of(model, recipe.steps[0], recipe) == nm
+    with pytest.raises(RecipeError, match="auto before a step that prunes N:M"):
+        lissom.plan(tmp_path, [permute, {"use": "ria", "sparsity": 0.5}])
+
+
+def test_n_of_16_per_layer_on_permuted_channels_is_packed_with_indices(trained, tmp_path):
+    """What is in the files: an index for each layer, N from its budget, no more than N in any 16, four of 16 on average."""
+    out = tmp_path / "out"
+    lissom.compress(trained, out, "sparse-n-16", overrides=[*SMALL, f"calibration.data={tiny.__file__}"])
+    manifest = json.loads((out / "manifest.json").read_text())
+    config = json.loads((out / "config.json").read_text())["quantization_config"]["layers"]
+    tensors = {}
+    for file in out.glob("*.safetensors"):
+        tensors |= load_file(file)
+    opened, kept = open_model(out), {}
+    for layer in manifest["layers"]:
+        name, weights = layer["name"], opened.tensor(f"{layer['name']}.weight")
+        n = int(config[name]["pattern"].removesuffix(":16"))
+        assert f"{name}.index" in tensors and f"{name}.mask" not in tensors and layer["bits"] == 4
+        assert int((weights.reshape(-1, 16) != 0).sum(1).max()) <= n
+        kept[name] = (n, layer["weights"])
+    assert len({n for n, _ in kept.values()}) > 1
+    mean = sum(n * size for n, size in kept.values()) / sum(size for _, size in kept.values())
+    assert mean == pytest.approx(4, abs=0.05)

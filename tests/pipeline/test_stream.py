@@ -109,3 +109,23 @@ def test_statistics_of_the_dense_model_would_be_found_out(random_checkpoint, tmp
     problem = Problem.of(block.weight(layer.name), Stats.of(run.input().flatten(0, -2), True), Sparse(0.6))
     stale = METHODS["sparsegpt"].run(problem, checked.steps[-1].config).weight
     assert not torch.allclose(open_model(tmp_path / "out").layer(layer.name).weight, stale, atol=1e-3)
+
+
+def test_statistics_once_per_block_are_those_of_the_block_as_it_was_loaded(random_checkpoint, tmp_path):
+    source = random_checkpoint("llama")
+    overrides = [*SMALL, "statistics=block"]
+    lissom.compress(source, tmp_path / "out", "sparsegpt", overrides=overrides)
+    checked, checkpoint = read("sparsegpt", overrides), open_model(source)
+    hidden = Model(checkpoint).embed(load_calibration(checkpoint.tokenizer(), checked.calibration, 320).ids)
+    found = open_model(tmp_path / "out")
+    for i in range(2):
+        block = Model(checkpoint).load_block(i)
+        run = block.start(hidden)
+        for number, stage in enumerate(block.stages):
+            if number:
+                run.advance()
+            for layer in stage:
+                problem = Problem.of(block.weight(layer.name), Stats.of(run.input().flatten(0, -2), True), Sparse(0.6))
+                expected = METHODS["sparsegpt"].run(problem, checked.steps[-1].config).weight
+                torch.testing.assert_close(found.layer(layer.name).weight, expected, atol=1e-4, rtol=1e-4)
+        hidden = Model(found).load_block(i).forward(hidden)

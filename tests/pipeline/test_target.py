@@ -130,7 +130,7 @@ def measured(trained, tmp_path_factory):
     model = Model(open_model(trained))
     recipe = read("sparsegpt", [*SMALL, "target.size=90kB"])
     data = load_calibration(model.checkpoint.tokenizer(), recipe.calibration, 512, 4)
-    options = layer_options(model, recipe.steps[0], data, 6, tmp_path_factory.mktemp("curves"))
+    options = layer_options(model, recipe, data, 6, tmp_path_factory.mktemp("curves"))
     return model, data, options
 
 
@@ -272,6 +272,29 @@ def test_a_killed_run_goes_on_to_the_same_bytes(trained, eighty, tmp_path):
     assert not (tmp_path / "out" / "curves").exists()
 
 
+def test_one_step_for_zeros_and_another_for_codes(trained, tmp_path):
+    """ALPS prunes, coordinate descent rounds; each gets its half of the choice, and the size on disk is met."""
+    made = go(trained, tmp_path / "out", "target.size=70kB", "target.tilts=[0]", recipe="budget")
+    assert bytes_of(tmp_path / "out") == pytest.approx(7e4, rel=0.01)
+    record = made["allocation"]["gptq-descent"]
+    assert any(v["sparsity"] > 0.3 for v in record["layers"].values())
+    assert len({v["bits"] for n, v in record["layers"].items() if n != "embedding"}) > 1
+    for row in made["layers"]:
+        chosen = record["layers"][row["name"]]
+        assert row["bits"] == chosen["bits"] and row["sparsity"] >= chosen["sparsity"] - 0.01
+
+
+def test_curves_take_the_ratio_of_the_recipes_own_solver(trained, tmp_path, measured):
+    """Rounding to nearest loses more than the sweep at every choice of bits, so every curve must lie higher."""
+    model, data, swept = measured
+    own = layer_options(model, read("rtn", [*SMALL, "target.size=90kB"]), data, 6, tmp_path)
+    higher = [
+        math.log(a.loss / b.loss) for name in own for a in own[name] for b in swept[name]
+        if (a.bits, a.sparsity) == (b.bits, b.sparsity) and a.bits < 5
+    ]  # fmt: skip
+    assert len(higher) == 28 * 3 and sum(higher) / len(higher) > 0.1
+
+
 # refusals
 
 
@@ -290,7 +313,12 @@ def test_a_killed_run_goes_on_to_the_same_bytes(trained, eighty, tmp_path):
         ("sparsegpt", ["target.sise=60MB"], "did you mean 'size'"),
         ("sparsegpt", ["target.size=60MB", "save.format=dense"], "format packed"),
         ("hqq", ["target.size=60MB", "save.format=packed"], "no integer codes"),
-        ("prune-then-rtn", ["target.size=60MB"], "exactly one"),
+        ([{"use": "gptq", "bits": 4}, {"use": "rtn", "bits": 4}], ["target.size=60MB"], "exactly one"),
+        (
+            [{"use": "wanda", "sparsity": 0.5, "only": ["down"]}, {"use": "rtn", "bits": 4}],
+            ["target.size=60MB"],
+            "the same layers",
+        ),
         ("flap-healed", ["target.size=60MB"], "units"),
     ],
 )

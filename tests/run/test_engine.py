@@ -1,5 +1,8 @@
 """The C++ decoder against the torch forward pass, and its invariance to how tokens are batched."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,10 @@ import torch.nn.functional as F
 
 from lissom.core import Binary, CheckpointError, Codes, Grid, LissomError
 from lissom.kernels import extension, isa
+from lissom.methods.quantize.activations import round_input
+from lissom.methods.quantize.kv_cache import CacheGrid
 from lissom.models import Model, open_checkpoint
+from lissom.models.operators import KEY, InputGrid, Operators
 from lissom.run.engine import ContextError, Engine
 from lissom.run.load import rounded
 from tiny import tiny_model
@@ -114,6 +120,82 @@ def test_rounding_at_load_is_to_the_nearest(bits):
         error, bound = (codes.decode() - weight).abs(), codes.scale.repeat_interleave(codes.group_size, 1)[:, :columns]
         assert bool((error <= bound * 0.5 + bound * 2**bits * 2**-12).all())  # half a step; clipping by a rounded scale
         assert float(error.square().mean()) <= 1.05 * float((best.decode() - weight).square().mean())
+        if columns % 32 == 0:  # the extension rounds and packs at once: the same codes, bit for bit
+            weight[1, 3] = 0.5 * codes.scale[1, 0]  # a tie goes to the even code
+            matrix, out = extension.Matrix.round(bits, weight.numpy(), codes.group_size), torch.empty(rows, columns)
+            matrix.decode(out.numpy())
+            assert torch.equal(out, rounded(weight, bits).decode())
+            weight[1, 3] = float("nan")
+            with pytest.raises(ValueError, match="finite"):
+                extension.Matrix.round(bits, weight.numpy(), codes.group_size)
+
+
+def operated(path, out, **operators):
+    """A copy of a checkpoint whose config records operators."""
+    shutil.copytree(path, out)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {KEY: Operators(**operators).describe()}))
+    return out
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_inputs_are_rounded_as_in_torch(bits):
+    x = torch.randn(9, 77, generator=torch.Generator().manual_seed(bits))
+    x[3] = 0
+    for scale in (0.0, 0.03):
+        expected = round_input(x, bits, scale or None)
+        got = x.clone()
+        for row in got:
+            extension.round_input(row.numpy(), bits, scale)
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_sliding_window_gives_its_cache_back(tmp_path, bits):
+    """A text four times as long as the cache, with the logits of a cache that holds it all."""
+    tiny_model("mistral", tmp_path, sliding_window=40, max_position_embeddings=1200)
+    small = Engine(tmp_path, context=320, cache_bits=bits)
+    large = Engine(small.parts, context=1200, cache_bits=bits)
+    ids = tokens(1100)
+    assert small.longest == 1200 and small.blocks_for(1200) * 32 <= 320
+    for engine in (small, large):
+        engine.prefill(ids[:1000], chunk=100)
+    for i in range(1000, 1100):
+        assert np.array_equal(small.step(ids[i : i + 1], 0, i), large.step(ids[i : i + 1], 0, i))
+    assert small.free_positions >= 320 - 32 * small.blocks_for(1200)
+    with pytest.raises(ValueError, match="left behind"):
+        small.step(ids[500:501], 0, 500)
+    small.release()
+    assert small.free_positions == 320
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_recorded_activations_are_rounded(llama, tmp_path, static):
+    """With the recorded grid the engine agrees with torch, without it not."""
+    scales = {f"{block}.{stage}": 0.05 for block in (0, 1) for stage in (0, 3)} if static else {}
+    path = operated(llama, tmp_path / "out", activations=InputGrid(3 if static else 2, (0, 3), static, scales))
+    ids = tokens(60)
+    expected = Model(open_checkpoint(path)).forward(torch.from_numpy(ids)[None])[0]
+    honoured, ignored = (divergence(expected, Engine(p, context=128).step(ids, want="all")) for p in (path, llama))
+    # codes of a token's own scale flip where int8 weights move an input by a little, so the engines agree less there
+    assert honoured < (0.05 if static else 0.7) * ignored and ignored > 0.1
+
+
+def test_a_recorded_cache_is_used_or_refused(llama, tmp_path):
+    for bits in (8, 4):
+        grid = CacheGrid(bits, "token", 64)
+        path = operated(llama, tmp_path / str(bits), cache=(grid, grid), turn_heads=None)
+        assert Engine(path, context=64).cache_bits == bits
+        assert Engine(path, context=64, cache_bits=16).cache_bits == 16
+    for name, grids in {
+        "channel": (CacheGrid(4, "channel"), CacheGrid(4, "token")),
+        "few": (CacheGrid(2), CacheGrid(2)),
+        "recent": (CacheGrid(8, recent=16), CacheGrid(8, recent=16)),
+    }.items():
+        path = operated(llama, tmp_path / name, cache=grids)
+        with pytest.raises(CheckpointError, match=r"does not have.*--cache-bits"):
+            Engine(path, context=64)
+        assert Engine(path, context=64, cache_bits=8).cache_bits == 8
 
 
 def test_the_cache_is_shared_and_given_back(llama):
@@ -226,3 +308,14 @@ def test_binary_coded_layers(tmp_path):
             block.set_weight(linear.name, kept[linear.name])
         h = block.forward(h)
     assert divergence(model.head(h)[0].detach(), engine.step(ids, want="all")) < 3e-3
+
+
+def test_a_binary_coded_checkpoint_runs_as_it_is_stored(tmp_path):
+    import lissom
+
+    tiny_model("llama", tmp_path / "dense", hidden_size=64, intermediate_size=96)
+    recipe = {"steps": [{"use": "bcq", "bits": 3, "group_size": 32, "rounds": 2}], "save": {"format": "packed"}}
+    lissom.compress(tmp_path / "dense", tmp_path / "out", recipe, overrides=["samples=1", "length=16"])
+    engine = Engine(tmp_path / "out", threads=1)
+    names = [n for n in engine.layers.forms if "_proj" in n]
+    assert len(names) == 14 and all(engine.layers.forms[n] == "binary × 3" for n in names)

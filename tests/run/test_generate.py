@@ -153,6 +153,35 @@ def test_batches_equal_single_runs(runner):
     assert runner.engine.free_positions >= 512
 
 
+def test_short_prompts_go_first_and_long_ones_are_not_starved(runner):
+    scheduler = Scheduler(runner, chunk=16, waiting=200)
+    order = []
+
+    def told(job, piece, done):
+        if done:
+            order.append(job.name)
+
+    def put(name, length):
+        job = scheduler.job([7] * length, Sampling(1), told)
+        job.name = name
+        scheduler.submit(job)
+
+    put("long", 160)
+    scheduler.step()
+    put("short", 10)
+    scheduler.drain()
+    assert order == ["short", "long"]
+    order.clear()
+    put("long", 160)
+    for i in range(60):  # a short prompt at every step
+        put(i, 16)
+        scheduler.step()
+    scheduler.drain()
+    before = order.index("long")
+    assert 0 < before <= 2 * 160 / 16
+    assert len(order) == 61 and runner.engine.free_positions >= 512
+
+
 def test_cancelled_jobs_free_their_slot_and_full_lines_refuse(runner):
     scheduler = Scheduler(runner, waiting=1)
     jobs = [scheduler.job(runner.encode("for"), Sampling(100)) for _ in range(5)]

@@ -13,6 +13,7 @@ from lissom.run.engine import Engine
 from lissom.run.generation import generate
 from lissom.run.image import read_image, write_image
 from lissom.run.load import load
+from lissom.run.parts import Recorded
 from lissom.run.rounding import rounding
 from lissom.run.start import open_parts, open_runner
 from lissom.run.tokenizer import Tokenizer, describe
@@ -43,9 +44,11 @@ def test_a_mapped_model_is_the_same(tmp_path):
     tiny_model("qwen2", tmp_path, use_sliding_window=False, hidden_size=64)
     for name in ("int4", "4:16 int4", None):
         parts = load(tmp_path, rounding(name) if name else None)
+        parts.recorded = Recorded([[(8, 0.0), (0, 0.0), (4, 0.5), (8, 0.25)]] * len(parts.blocks), 8, "")
         assert write_image(parts, tmp_path / "x.image")
         mapped = read_image(tmp_path / "x.image")
         assert mapped.layers == parts.layers and mapped.sizes == parts.sizes and mapped.ends() == parts.ends()
+        assert mapped.recorded == parts.recorded
         ids = np.arange(5, 40)
         a, b = (Engine(p, context=64, threads=1).step(ids, want="all") for p in (parts, mapped))
         assert np.array_equal(a, b)
@@ -96,6 +99,16 @@ def test_damaged_images_are_refused_and_made_again(damage, llama, cache):
         read_image(image)
     assert generate(open_runner(str(llama), context=64), "class", max_tokens=5) == expected
     read_image(image)
+
+
+def test_the_slow_start_is_told(llama, cache):
+    calls = []
+    open_parts(str(llama), tick=lambda done, total: calls.append((done, total)))
+    total = calls[-1][1]
+    assert calls[0] == (0, 0) and sorted(calls[1:]) == [(i, total) for i in range(1, total + 1)]
+    calls.clear()
+    open_parts(str(llama), tick=lambda done, total: calls.append((done, total)))
+    assert not calls  # mapped
 
 
 def test_changed_checkpoints_and_settings_have_their_own_image(llama, cache):

@@ -32,15 +32,15 @@ def call(*arguments, text=None):
 
 def test_generate(path):
     expected = generate(path, "class", max_tokens=12)
-    assert call("generate", path, "class", "-n", "12").output == expected.text + "\n"
-    result = json.loads(call("generate", path, "-", "-n", "12", "--json", text="class").output)
+    assert call("generate", path, "class", "-n", "12").stdout == expected.text + "\n"
+    result = json.loads(call("generate", path, "-", "-n", "12", "--json", text="class").stdout)
     assert result["text"] == expected.text and result["tokens"] == expected.tokens
-    assert call("generate", path, "class", "-n", "12", "--draft", path).output == expected.text + "\n"
+    assert call("generate", path, "class", "-n", "12", "--draft", path).stdout == expected.text + "\n"
 
 
 def test_chat_keeps_the_conversation(path):
-    one = call("chat", path, "-n", "10", "--temperature", "0", text="hello\n").output
-    two = call("chat", path, "-n", "10", "--temperature", "0", text="hello\nmore\n").output
+    one = call("chat", path, "-n", "10", "--temperature", "0", text="hello\n").stdout
+    two = call("chat", path, "-n", "10", "--temperature", "0", text="hello\nmore\n").stdout
     assert two.startswith(one) and len(two) > len(one)
 
 

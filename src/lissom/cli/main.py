@@ -27,7 +27,13 @@ Model = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output.")]
 RecipeOption = Annotated[
-    str, typer.Option("--recipe", "-r", help="A shipped recipe (see `lissom recipes`) or a YAML file.")
+    str | None,
+    typer.Option(
+        "--recipe",
+        "-r",
+        help="A shipped recipe (see `lissom recipes`) or a YAML file.",
+        show_default="aggressive; budget with a target",
+    ),
 ]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Override a setting: sparsity=0.6, bits=16, sparsegpt.damping=0.02.")
@@ -64,11 +70,16 @@ def _overrides(
     return [*(settings or []), *(f"{k}={v}" for k, v in sections.items() if v is not None)]
 
 
+def _usual(target: dict[str, Any]) -> str:
+    """The recipe when none is named."""
+    return "aggressive" if all(v is None for v in target.values()) else "budget"
+
+
 @app.command()
 def compress(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write; it must not exist.")],
-    recipe: RecipeOption = "aggressive",
+    recipe: RecipeOption = None,
     settings: Set = None,
     calibration: Calibration = None,
     samples: Samples = None,
@@ -98,7 +109,7 @@ def compress(
     command = "lissom " + shlex.join(sys.argv[1:])
     with show.bar(quiet=json) as tick:
         result = run(
-            model, out, recipe, overrides=overrides, resume=resume, spill=spill, tick=tick, command=command,
+            model, out, recipe or _usual(target), overrides=overrides, resume=resume, spill=spill, tick=tick, command=command,
             note=None if json else lambda text: show.err.print(text, style="dim", markup=False, soft_wrap=True),
         )  # fmt: skip
     page = write_report(out)
@@ -116,7 +127,7 @@ def compress(
 @app.command()
 def plan(
     model: Model,
-    recipe: RecipeOption = "aggressive",
+    recipe: RecipeOption = None,
     settings: Set = None,
     calibration: Calibration = None,
     samples: Samples = None,
@@ -137,7 +148,7 @@ def plan(
     if format:
         overrides.append(f"save.format={format}")
     with show.bar(quiet=json) as tick:
-        made = make(model, recipe, overrides=overrides, tick=tick)
+        made = make(model, recipe or _usual(target), overrides=overrides, tick=tick)
     if json:
         show.emit(made.describe(), True)
         return

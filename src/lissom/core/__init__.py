@@ -79,6 +79,8 @@ __all__ = [
     "damped",
     "factorise",
     "gram_product",
+    "grid_of",
+    "histogram_entropy",
     "keep_largest",
     "merge",
     "stored_bits",

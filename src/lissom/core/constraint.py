@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import gcd
+from math import lcm
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -24,7 +24,12 @@ class Pattern(Protocol):
 
     @property
     def width(self) -> int:
-        """Columns that are decided together: a solver cuts its blocks at multiples of this."""
+        """Columns that are decided together: a solver cuts its blocks at multiples of this; 0 is all of them."""
+        ...
+
+    @property
+    def local(self) -> bool:
+        """Whether every ``width`` columns are decided on their own, and not beside the rest of a block."""
         ...
 
     def select(self, score: Tensor, at: int = 0) -> Tensor:
@@ -69,20 +74,47 @@ def keep_largest(score: Tensor, drop: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Sparse:
-    """Unstructured sparsity: the fraction ``p`` of zeros, compared over the whole block or per row."""
+    """The fraction ``p`` of zeros, compared over the whole block or per row.
+
+    ``unit``: (rows, columns) of the rectangles that go or stay as a whole, tiled from the first weight; 0 means all of them, so
+    (1, 1) is unstructured, (1, 0) removes whole rows, (0, 1) whole columns, (4, 1) and (1, 16) blocks of that shape. A
+    unit's score is the sum over its weights; a "row" of comparison is then a band of units.
+    """
 
     p: float
     per: Comparison = "layer"
+    unit: tuple[int, int] = (1, 1)
 
     def __post_init__(self) -> None:
         if not 0 <= self.p < 1:
             raise ValueError(f"sparsity must be in [0, 1), not {self.p}")
 
-    width = 1
+    local = False
+
+    @property
+    def width(self) -> int:
+        return self.unit[1]
+
+    def units(self, score: Tensor) -> Tensor:
+        """Score of every unit, the sum over its weights: (rows / unit rows, columns / unit columns)."""
+        if self.unit == (1, 1):
+            return score
+        r, c = self._shape(score)
+        if score.shape[0] % r or score.shape[1] % c:
+            raise ValueError(f"units of {r} × {c} do not divide {tuple(score.shape)}")
+        return score.reshape(score.shape[0] // r, r, score.shape[1] // c, c).sum((1, 3))
 
     def select(self, score: Tensor, at: int = 0) -> Tensor:
-        view = score if self.per == "row" else score.reshape(1, -1)
-        return keep_largest(view, round(self.p * view.shape[1])).reshape(score.shape)
+        units = self.units(score)
+        view = units if self.per == "row" else units.reshape(1, -1)
+        keep = keep_largest(view, round(self.p * view.shape[1])).reshape(units.shape)
+        if self.unit == (1, 1):
+            return keep
+        r, c = self._shape(score)
+        return keep.repeat_interleave(r, 0).repeat_interleave(c, 1)
+
+    def _shape(self, score: Tensor) -> tuple[int, int]:
+        return self.unit[0] or score.shape[0], self.unit[1] or score.shape[1]
 
 
 @dataclass(frozen=True)
@@ -98,6 +130,8 @@ class NM:
     def __post_init__(self) -> None:
         if not 1 <= self.n <= self.m <= 32:
             raise ValueError(f"N:M needs 1 ≤ N ≤ M ≤ 32, not {self.n}:{self.m}")
+
+    local = True
 
     @property
     def width(self) -> int:
@@ -120,6 +154,7 @@ class Fixed:
     mask: Tensor
 
     width = 1
+    local = False
 
     @property
     def p(self) -> float:
@@ -131,10 +166,24 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Both:
-    """A pattern of zeros and a grid of levels; either may be None (dense, or full precision)."""
+    """A pattern of zeros and a grid of levels; either may be None (dense, or full precision).
+
+    ``within``: (out, in) bool, weights that may be kept; the others are zeros of an earlier shot, and go first.
+    """
 
     pattern: Sparse | NM | Fixed | None = None
     grid: Grid | None = None
+    within: Tensor | None = None
+
+    def select(self, score: Tensor, at: int = 0) -> Tensor:
+        """Keep-mask for the columns that start at column ``at``."""
+        if self.within is None:
+            keep = torch.ones_like(score, dtype=torch.bool)
+            return keep if self.pattern is None else self.pattern.select(score, at)
+        allowed = self.within[:, at : at + score.shape[1]]
+        if self.pattern is None:
+            return allowed.clone()
+        return self.pattern.select(score.masked_fill(~allowed, -torch.inf), at) & allowed
 
     def project(self, w: Tensor, score: Tensor | None = None) -> Tensor:
         """Nearest weights that satisfy the constraint, keeping the largest ``score`` (default |w|)."""
@@ -191,12 +240,13 @@ class Stack:
 
     @property
     def width(self) -> int:
-        """Least common multiple of the patterns' widths."""
-        width = 1
-        for _, part in self.parts:
-            w = part.pattern.width if part.pattern else 1
-            width = width * w // gcd(width, w)
-        return width
+        """Least common multiple of the patterns' widths; 0 where one decides over all columns."""
+        return lcm(*(part.pattern.width for _, part in self.parts if part.pattern))
+
+    @property
+    def local(self) -> bool:
+        """Whether a pattern decides every few columns on their own."""
+        return any(part.pattern.local for _, part in self.parts if part.pattern)
 
     def slices(self) -> list[tuple[slice, Both]]:
         out, start = [], 0
@@ -209,8 +259,17 @@ class Stack:
         keep = torch.ones_like(score, dtype=torch.bool)
         for rows, part in self.slices():
             if part.pattern is not None:
-                keep[rows] = part.pattern.select(score[rows], at)
+                keep[rows] = part.select(score[rows], at)
         return keep
+
+    def ordered(self, order: Tensor) -> Stack:
+        """The same constraints of weights whose columns are in another order."""
+
+        def turned(part: Both) -> Both:
+            pattern = Fixed(part.pattern.mask[:, order]) if isinstance(part.pattern, Fixed) else part.pattern
+            return Both(pattern, part.grid, None if part.within is None else part.within[:, order])
+
+        return Stack(tuple((rows, turned(part)) for rows, part in self.parts))
 
     def fit(self, w: Tensor) -> GridParams:
         """Grid parameters of one group of columns, (rows, 1)."""

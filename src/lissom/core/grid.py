@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import NumericalError
+from .parts import Numbers, WeightCodes, ZeroPoints
 
 Range = Literal["minmax", "mse"]
 
@@ -139,9 +140,9 @@ class Codes:
     Group g holds the columns ``g · group_size … (g + 1) · group_size − 1``; the last one may be shorter.
     """
 
-    values: Tensor
-    scale: Tensor
-    zero: Tensor
+    values: WeightCodes
+    scale: Numbers
+    zero: ZeroPoints
     bits: int
     group_size: int
 

@@ -41,10 +41,20 @@ class Method:
     ``transform``  ``run(model, context, config) -> model``: rewrites or trains the whole model
     =============  ==========================================================================
 
-    ``needs``: any of "gram", "inputs" (norms and means only), "gradients", "data", "teacher", "training".
+    ``needs``: any of "gram", "inputs" (norms and means only), "entropy" (of the inputs'
+    histograms, in as many bins as the config says), "gradients", "data", "teacher", "training"; of an allocation also
+    "blocks": whole blocks, see ``learn``; "score": that of the solver after it, in each problem's ``extras``; "trials": ``run`` gets a fourth argument,
+    ``measure(budget, layers, target, label) -> float``, the held-out loss of the model pruned by a cheap method (``trial``,
+    ``trial_samples`` and ``trial_windows`` of its config) under that budget.
+    ``score``: of a solver that chooses by scores, ``score(problem, config) -> Tensor`` (out, in) of the weights as they are; what
+    can be compared over all layers (``per: global``).
+    ``learn``: of an allocation that works on whole blocks, in the place of ``summarise``: ``learn(problem: BlockProblem, target,
+    config) -> dict[str, Solved]``; the next block sees what the block gives with these weights, and each layer's summary is
+    the ``notes`` of its solution.
     ``comparison``: where a solver compares scores unless the recipe says: "layer" or "row".
     ``makes``: any of "zeros", "codes" – which constraints a solver accepts beyond the plain one; "forms": the result of
-    a grid may be a form of :mod:`.stored` instead of plain codes, which not every file format holds.
+    a grid may be a form of :mod:`.stored` instead of plain codes, which not every file format holds; "factors": the zeros are
+    those of a part of a sum; "exchanges": zeros of the step before move one by one; "single": weights are removed one by one.
     ``fold``: of a solver that can also run as a step of its own, without bits: ``fold(problem, config) -> (s, notes)``, one
     factor per input (in,) that goes into the weights while 1/s goes into what makes the input.
     """
@@ -60,6 +70,8 @@ class Method:
     makes: frozenset[str] = frozenset()
     summarise: Callable[..., Any] | None = None
     comparison: str = "layer"
+    score: Callable[..., Any] | None = None
+    learn: Callable[..., Any] | None = None
     fold: Callable[..., Any] | None = None
 
     def settings(self) -> Mapping[str, Any]:

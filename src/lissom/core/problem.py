@@ -53,7 +53,7 @@ class Problem:
     ``extras``: what few methods need besides, stacked by rows like the weights: ``gradient`` (out, in), the norm over
     samples of each weight's gradient of the loss; ``fisher`` (out, in), its mean square; ``samples`` (count, out, in),
     the gradients themselves; ``output_gram`` (out, out), E[g gᵀ] of the gradients g at the outputs;
-    ``entropy`` (in,), of the histogram of each input.
+    ``gradient_l1`` (out, in), the sum over samples of the gradient's magnitudes.
     """
 
     weight: Tensor
@@ -150,13 +150,14 @@ class LayerSummary:
 class Budget:
     """What each layer may spend: ``values[name]`` of ``quantity`` ("sparsity" or "bits").
 
-    ``bits``: of the layers whose bits are chosen beside their sparsity.
+    ``bits``: of the layers whose bits are chosen beside their sparsity. ``notes``: how it was found, for the report (plain data).
     """
 
     quantity: str
     values: Mapping[str, float]
     cluster: Mapping[str, int] = field(default_factory=dict)
     bits: Mapping[str, int] = field(default_factory=dict)
+    notes: Mapping[str, object] = field(default_factory=dict)
 
     def mean(self, layers: list[LayerSummary]) -> float:
         """Mean over weights, not over layers."""

@@ -101,6 +101,6 @@ def _kronecker(x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
     y = x.reshape(lead, -1)
     for f in factors:
         after //= len(f)
-        y = torch.einsum("bnma,mk->bnka", y.reshape(lead, before, len(f), after), f).reshape(lead, -1)
+        y = torch.einsum("bnma,mk->bnka", y.reshape(lead, before, len(f), after), f.to(y.dtype)).reshape(lead, -1)
         before *= len(f)
     return y.reshape(shape)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,8 @@ class Stats:
     """Sums over the tokens seen so far.
 
     Shapes: ``sum``, ``sumsq``, ``absmax``: (in,); ``gram``: (in, in) or None when no method needs it.
-    ``gram`` is the plain sum ``Σ x xᵀ``; the layer Hessian of the papers is :attr:`hessian`.
+    ``gram`` is the plain sum ``Σ x xᵀ``; the layer Hessian of the papers is :attr:`hessian`. ``entropy`` (in,): see
+    :func:`histogram_entropy`; of a whole set of tokens only, so merging drops it.
     """
 
     count: int
@@ -36,11 +38,18 @@ class Stats:
     sumsq: Tensor
     absmax: Tensor
     gram: Tensor | None = None
+    entropy: Tensor | None = None
 
     @classmethod
     def empty(cls, width: int, gram: bool = True, dtype: torch.dtype = torch.float32) -> Stats:
         zero = torch.zeros(width, dtype=dtype)
         return cls(0, zero, zero, zero, torch.zeros(width, width, dtype=dtype) if gram else None)
+
+    @classmethod
+    def white(cls, width: int, gram: bool = True) -> Stats:
+        """Of inputs about which nothing is known: mean 0, variance 1, uncorrelated."""
+        one = torch.ones(width)
+        return cls(1, torch.zeros(width), one, one, torch.eye(width) if gram else None)
 
     @classmethod
     def of(cls, X: Tensor, gram: bool = True) -> Stats:
@@ -87,3 +96,19 @@ def merge(a: Stats, b: Stats) -> Stats:
         raise ValueError(f"cannot merge statistics of widths {a.width} and {b.width}")
     gram = None if a.gram is None or b.gram is None else a.gram + b.gram
     return Stats(a.count + b.count, a.sum + b.sum, a.sumsq + b.sumsq, torch.maximum(a.absmax, b.absmax), gram)
+
+
+def histogram_entropy(batches: Callable[[], Iterable[Tensor]], bins: int) -> Tensor:
+    """Entropy in nats of each input's histogram of ``bins`` bins over its own range, (in,).
+
+    ``batches`` gives the inputs, (tokens, in) each, and is called three times: for the ends of the ranges and for the counts.
+    """
+    low = torch.stack([x.amin(0) for x in batches()]).amin(0)
+    high = torch.stack([x.amax(0) for x in batches()]).amax(0)
+    width = ((high - low) / bins).clamp_min(1e-30)
+    counts = torch.zeros(len(low), bins)
+    for x in batches():
+        index = ((x - low) / width).long().clamp_(0, bins - 1).T
+        counts.scatter_add_(1, index, torch.ones(index.shape))
+    p = counts / counts.sum(1, keepdim=True)
+    return -(p * p.clamp_min(1e-30).log()).sum(1)

@@ -11,12 +11,24 @@ layers of a stack one by one and return :class:`Stacked`, whose ``rows`` gives b
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Annotated, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from .grid import Codes, spread_groups
+from .parts import (
+    BlockScales,
+    Indices,
+    Integers,
+    KeepMask,
+    Mixes,
+    Numbers,
+    RowNumbers,
+    SparseNumbers,
+    WeightCodes,
+    WeightSigns,
+)
 from .rotation import Rotation
 
 
@@ -37,11 +49,20 @@ def stored_bits(form: Stored) -> int:
     return form.size  # type: ignore[attr-defined]
 
 
+def grid_of(form: Stored | None) -> tuple[int, int | None] | None:
+    """Bits of a code and inputs that share a scale, of the codes at the bottom of a form; None where there are none."""
+    if isinstance(form, Binary):
+        return len(form.signs), form.group_size
+    if form is None or hasattr(form, "bits"):
+        return None if form is None else (form.bits, form.group_size)  # type: ignore[attr-defined]
+    return grid_of(getattr(form, "base", None))
+
+
 @dataclass(frozen=True)
 class Plain:
     """Half-precision weights, zeros left out behind a bitmap where there are any: ``weight`` fp32 (out, in), fp16-exact."""
 
-    weight: Tensor
+    weight: SparseNumbers
 
     def decode(self) -> Tensor:
         return self.weight
@@ -62,9 +83,9 @@ class Affine:
     Zero need not be a level (a float zero point). The layout of GGUF's Q4_1 when groups hold 32 inputs.
     """
 
-    values: Tensor
-    scale: Tensor
-    offset: Tensor
+    values: WeightCodes
+    scale: Numbers
+    offset: Numbers
     bits: int
     group_size: int
 
@@ -90,9 +111,9 @@ class Levels:
     e4m3. ``name``: the kind of table, e.g. nf4 or kmeans; ``custom``: whether the file must hold the table.
     """
 
-    values: Tensor
-    table: Tensor
-    scale: Tensor
+    values: WeightCodes
+    table: Numbers
+    scale: BlockScales
     group_size: int
     name: str
     scale_format: str = "float16"
@@ -128,9 +149,9 @@ class Binary:
     ``signs`` bool (planes, out, in), True = +1; ``alpha`` (planes, out, groups); ``offset`` (out, groups), fp16-exact.
     """
 
-    signs: Tensor
-    alpha: Tensor
-    offset: Tensor
+    signs: WeightSigns
+    alpha: Numbers
+    offset: Numbers
     group_size: int
 
     def decode(self) -> Tensor:
@@ -157,9 +178,9 @@ class Second:
     ``codes`` uint8 (out, groups); ``step``, ``base`` (out, ⌈groups / size⌉), fp16-exact.
     """
 
-    codes: Tensor
-    step: Tensor
-    base: Tensor
+    codes: Integers
+    step: Numbers
+    base: Numbers
     bits: int
     group: int
 
@@ -182,7 +203,7 @@ class Second:
 class TwoLevel:
     """``w = (code − zero) · scale`` with quantized scales, and quantized zero points or one constant."""
 
-    values: Tensor
+    values: WeightCodes
     scale: Second
     zero: Second | float
     bits: int
@@ -211,9 +232,9 @@ class Patched:
     """``base`` with single weights replaced: ``row``, ``column``, ``value`` (count,), sorted by row, fp16-exact."""
 
     base: Stored
-    row: Tensor
-    column: Tensor
-    value: Tensor
+    row: RowNumbers
+    column: Indices
+    value: Numbers
 
     @classmethod
     def where(cls, base: Stored, chosen: Tensor, weights: Tensor) -> Patched:
@@ -241,8 +262,8 @@ class Columns:
     """``base`` with whole inputs replaced: ``index`` (count,) rising, ``value`` (out, count), fp16-exact."""
 
     base: Stored
-    index: Tensor
-    value: Tensor
+    index: Indices
+    value: Numbers
 
     def decode(self) -> Tensor:
         w = self.base.decode()
@@ -263,10 +284,10 @@ class Masked:
     """``base`` with exact zeros where ``mask`` (out, in) bool is False: for forms that have no level at zero."""
 
     base: Stored
-    mask: Tensor
+    mask: KeepMask
 
     def decode(self) -> Tensor:
-        return self.base.decode() * self.mask
+        return torch.where(self.mask, self.base.decode(), 0.0)
 
     def rows(self, start: int, stop: int) -> Masked:
         return Masked(self.base.rows(start, stop), self.mask[start:stop])
@@ -281,7 +302,7 @@ class Scaled:
     """``base · factor`` with one ``factor`` per input, (in,): exact to fold into whatever makes the input."""
 
     base: Stored
-    factor: Tensor
+    factor: Numbers
 
     def decode(self) -> Tensor:
         return self.base.decode() * self.factor
@@ -301,7 +322,7 @@ class Rotated:
     ``left`` L (out, out), ``right`` R (in, in), either None. Only the seeds are stored.
     """
 
-    base: Stored
+    base: Annotated[Stored, Mixes()]
     left: Rotation | None
     right: Rotation | None
 
@@ -312,10 +333,11 @@ class Rotated:
         return left.apply(W.T.contiguous()).T.contiguous() if left else W
 
     def decode(self) -> Tensor:
-        W = self.base.decode()
+        """In double precision, so that the order in which a library sums does not show in fp32."""
+        W = self.base.decode().double()
         if self.left:
             W = self.left.undo(W.T.contiguous()).T.contiguous()
-        return self.right.undo(W) if self.right else W
+        return (self.right.undo(W) if self.right else W).float()
 
     def rows(self, start: int, stop: int) -> Rotated:
         if (start, stop) != (0, self.left.size if self.left else stop):
@@ -335,8 +357,8 @@ class LowRank:
     """
 
     base: Stored
-    A: Tensor
-    B: Tensor
+    A: Numbers
+    B: Numbers
 
     def decode(self) -> Tensor:
         product = self.A.double().contiguous() @ self.B.double().contiguous().T

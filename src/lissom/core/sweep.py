@@ -21,7 +21,6 @@ import math
 import torch
 from torch import Tensor
 
-from .constraint import Fixed
 from .factor import Factor
 from .grid import Codes, GridParams
 from .problem import Problem, Solved
@@ -32,7 +31,7 @@ _BLOCK, _NARROW = 128, 32
 def block_width(problem: Problem, wanted: int = _BLOCK) -> int:
     """A block width at which N:M groups and quantization groups begin together with blocks."""
     columns = problem.weight.shape[1]
-    unit = problem.constraint.width
+    unit = problem.constraint.width or columns
     group = problem.constraint.group_size
     if group is not None and group < columns:
         unit = math.lcm(unit, group)
@@ -69,10 +68,19 @@ def sweep(
     rows, columns = W.shape
     order, U = factor.order, factor.U
     group = min(constraint.group_size or columns, columns)
-    if constraint.sparse and order is not None and constraint.width > 1:
-        raise ValueError("N:M patterns cannot be swept in activation order: groups would not be contiguous")
+    if constraint.sparse and order is not None:
+        if constraint.width != 1:
+            raise ValueError(
+                "N:M patterns and wide units cannot be swept in activation order: groups would not be contiguous"
+            )
+        constraint = constraint.ordered(order)
     width = block_width(problem, block)
-    narrow = _narrow(constraint.width, group, width)
+    together = (
+        constraint.width if constraint.sparse and constraint.local else 1
+    )  # columns that are decided on their own
+    if together == 0:
+        raise ValueError("layers of one stack cannot be N:M and whole rows at once")
+    narrow = _narrow(together, group, width)
 
     fitted: list[GridParams] = []
     static: GridParams | None = None  # transposed: (groups, rows)
@@ -103,18 +111,19 @@ def sweep(
         keep: Tensor | None = None
         q_block = torch.empty_like(w)
         code_block = torch.empty_like(w, dtype=torch.uint8) if values is not None else None
-        if constraint.sparse and constraint.width == 1:
-            keep = _select(problem, (w * root[start:stop, None]).square().T, start, stop, order).T.contiguous()
+        if constraint.sparse and together == 1:
+            keep = constraint.select((w * root[start:stop, None]).square().T, start).T.contiguous()
         elif constraint.sparse:
             keep = torch.empty_like(w, dtype=torch.bool)
         for begin in range(0, span, narrow):
             end = min(begin + narrow, span)
             for i in range(begin, end):
                 column = start + i
-                if keep is not None and constraint.width > 1 and i % constraint.width == 0:
-                    together = slice(i, i + constraint.width)
-                    score = (w[together] * root[column : column + constraint.width, None]).square().T
-                    keep[together] = constraint.select(score, column).T
+                if keep is not None and together > 1 and i % together == 0:
+                    here = slice(i, i + together)
+                    keep[here] = constraint.select(
+                        (w[here] * root[column : column + together, None]).square().T, column
+                    ).T
                 if constraint.quantized:
                     if static is not None:
                         g = int(group_of[column])
@@ -122,7 +131,7 @@ def sweep(
                     elif column % group == 0:
                         # the block's own columns are newest in `w`, later ones in `W`
                         ahead = [w[i : i + group].T]
-                        if keep is not None and constraint.width == 1:
+                        if keep is not None and together == 1:
                             ahead = [(w[i : i + group] * keep[i : i + group]).T]
                         if i + group > span:
                             ahead.append(W[:, stop : column + group])
@@ -165,20 +174,6 @@ def sweep(
         codes = Codes(values.contiguous(), scales.scale, scales.zero, scales.bits, group)
     notes = {"damping": factor.damping, "dead": float(factor.dead.sum())}
     return Solved(Q.contiguous(), codes, keep_all, loss, notes)
-
-
-def _select(problem: Problem, score: Tensor, start: int, stop: int, order: Tensor | None) -> Tensor:
-    """Keep-mask of one block; a fixed mask is looked up in the stored order of columns."""
-    if order is None:
-        return problem.constraint.select(score, start)
-    columns = order[start:stop]
-    keep = torch.ones_like(score, dtype=torch.bool)
-    for rows, part in problem.constraint.slices():
-        if isinstance(part.pattern, Fixed):
-            keep[rows] = part.pattern.mask[:, columns]
-        elif part.pattern is not None:
-            keep[rows] = part.pattern.select(score[rows], start)
-    return keep
 
 
 def _unordered(factor: Factor) -> Tensor:

@@ -9,7 +9,7 @@ from .grid import Codes, Grid, GridParams
 from .method import Method
 from .problem import Budget, LayerSummary, Problem, Solved
 from .rotation import Rotation
-from .stats import Stats, gram_product, merge
+from .stats import Stats, gram_product, histogram_entropy, merge
 from .stored import (
     Affine,
     Binary,
@@ -25,6 +25,7 @@ from .stored import (
     Stacked,
     Stored,
     TwoLevel,
+    grid_of,
     stored_bits,
 )
 from .sweep import sweep

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..core import Codes, FormatError, Solved
+from ..core import Codes, FormatError, Solved, Stored
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -69,13 +69,15 @@ class StoredLayer:
 
     ``mask`` (out, in) bool, False where the file stores nothing, None when dense. For N:M it has exactly N true
     positions in each group of M, so a group with more zeros than the pattern asks for keeps positions whose
-    weight is zero. ``values`` fp32 (out, in) when there are no codes.
+    weight is zero. ``values`` fp32 (out, in) when there are no codes. ``form``: what they decode from, when it is neither
+    codes nor plain weights.
     """
 
     codes: Codes | None
     mask: Tensor | None
     pattern: str
     values: Tensor | None = None
+    form: Stored | None = None
 
     @property
     def weight(self) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from .compressed import LOCAL_NAMES as COMPRESSED_NAMES
 from .compressed import METHOD as COMPRESSED
 from .compressed import RUN_NAMES, CompressedTensors, entry_from_config, operators_from_config
 from .files import verify_file
+from .forms import form_names
 from .layout import DTYPES, Codec, StoredLayer, shape_of
+from .masks import MASK_NAMES
 from .packed import VERSION, Packed
 
-_PACKED_NAMES = ("codes", "values", "scale", "zero", "mask", "counts", "ranks", "index", "left", "right")
+_PACKED_NAMES = ("codes", "values", "scale", "zero", *MASK_NAMES)
 
 
 class OpenedCheckpoint:
@@ -79,7 +81,7 @@ class OpenedCheckpoint:
                 )
             for layer, entry in quantization.get("layers", {}).items():
                 self.entries[layer] = dict(entry)
-                self._local[layer] = self._find(layer, _PACKED_NAMES)
+                self._local[layer] = self._find(layer, form_names(entry["form"]) if "form" in entry else _PACKED_NAMES)
         elif method == COMPRESSED:
             self.format, self._codec = COMPRESSED, CompressedTensors()
             if getattr(self.config, KEY, None) is None:
@@ -98,7 +100,7 @@ class OpenedCheckpoint:
                 "compressed-tensors and GGUF"
             )
 
-    def _find(self, layer: str, names: tuple[str, ...]) -> dict[str, str]:
+    def _find(self, layer: str, names: Iterable[str]) -> dict[str, str]:
         found = {local: f"{layer}.{local}" for local in names if f"{layer}.{local}" in self._files}
         if not found:
             self._problems.append(f"{self.source} has no tensors of the layer {layer}, which its config.json names")
@@ -125,12 +127,11 @@ class OpenedCheckpoint:
         return shape[::-1] if self.entries[layer].get("transposed") else shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """float32 for quantized matrices and sums with factors: their decoded values need it."""
+        """float32 for quantized matrices: their decoded values need it."""
         layer = self._encoded(name)
         if layer is None:
             return self._files[name][1].dtype if name in self._files else self.base.dtype(name)
-        entry = self.entries[layer]
-        return torch.float32 if "rank" in entry else DTYPES.get(str(entry.get("dtype")), torch.float32)
+        return DTYPES.get(str(self.entries[layer].get("dtype")), torch.float32)
 
     def tensor(self, name: str) -> Tensor:
         """One tensor in the Hugging Face layout, decoded."""

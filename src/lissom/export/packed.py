@@ -10,14 +10,13 @@ nothing else           every weight is stored
 ``index``              N:M: rank of the N kept positions of every group of M inputs; N weights a group are stored
 =====================  ==========================================================================
 
-``left`` (out, r) and ``right`` (in, r), fp16, besides: left · rightᵀ is added to the (fp16) weights above.
-The stored weights are ``codes`` of ``bits`` bits, or ``values`` in the artefact's dtype, in row-major order.
+The stored weights are ``codes`` of ``bits`` bits, or ``values`` in the artefact's dtype, in row-major order. Any other form
+of :mod:`lissom.core.stored` is written as its fields say (:mod:`.forms`), and described under ``form`` of the layer's entry.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from math import comb
 from typing import Any
 
@@ -26,18 +25,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..core import Codes, FormatError, LowRank, Plain, Solved
-from .bits import (
-    MAX_GROUP,
-    pack_bits,
-    pack_ragged,
-    rank,
-    rank_width,
-    stream_bytes,
-    unpack_bits,
-    unpack_ragged,
-    unrank,
-)
+from ..core import Codes, FormatError, Masked, Plain, Solved, Stored
+from .bits import MAX_GROUP, pack_bits, rank_width, stream_bytes, unpack_bits
+from .forms import read_form, write_form
 from .layout import (
     DTYPES,
     LayerPlan,
@@ -50,54 +40,36 @@ from .layout import (
     shape_of,
     stored_values,
 )
+from .masks import COUNT_BITS, MASK_NAMES, RANK_WIDTHS, mask_of, pick, place, read_mask, write_mask
 
 VERSION = 1
-_RANK_WIDTHS = np.array([(comb(MAX_GROUP, k) - 1).bit_length() for k in range(MAX_GROUP + 1)])
-_COUNT_BITS = 6
 
 
 class Packed:
-    """Bit-exact for everything that has ``codes``, or nothing but zeros and plain weights."""
+    """Bit-exact for every form that a solver makes."""
 
     name = "packed"
 
     def encode(self, solved: Solved, layout: Layout) -> dict[str, Tensor]:
-        form = solved.stored
-        if _factored(solved) and isinstance(form, LowRank):
-            base = Solved(form.base.decode(), None, solved.mask, solved.error)
-            out = self.encode(base, replace(layout, dtype=torch.float16))
-            return out | {"left": form.A.half().contiguous(), "right": form.B.half().contiguous()}
-        if solved.codes is None and form is not None and not isinstance(form, Plain):
-            raise FormatError(
-                f"the packed form, version 1, holds uniform grids and sparse plus low rank only, not {type(form).__name__}: "
-                "save with format dense"
-            )
+        if (form := _form(solved)) is not None:
+            return write_form(form, _shape(solved), layout.pattern)[0]
         out: dict[str, Tensor] = {}
         if solved.codes is None:
             flat, absent = _flat_values(solved, layout.dtype), np.zeros((), _bits_dtype(layout.dtype))
             width = 8 * flat.itemsize
-            nonzero = flat != 0
         else:
             check_codes(solved.codes)
             flat = solved.codes.values.contiguous().numpy()
             absent = _zero_codes(solved.codes)
             width = solved.codes.bits
-            nonzero = flat != absent
             out["scale"] = solved.codes.scale.half().contiguous()
             if not solved.codes.symmetric:
                 zero = solved.codes.zero.to(torch.uint8).contiguous().numpy()
                 out["zero"] = torch.from_numpy(pack_bits(zero, width))
-        nm = parse_pattern(layout.pattern)
-        if nm is not None:
-            keep = _fill(nonzero, nm, solved.mask)
-            index = rank(keep.reshape(-1, nm[1]))
-            out["index"] = torch.from_numpy(pack_bits(index, rank_width(nm[1], nm[0])))
-            spare = np.broadcast_to(absent, flat.shape)[:, -1:].repeat(-flat.shape[1] % nm[1], axis=1)
-            flat = np.concatenate([flat, spare], axis=1)[keep]
-        elif layout.pattern == "unstructured":
-            mask = _smallest_mask(nonzero.reshape(-1), width)
-            out |= {name: torch.from_numpy(data) for name, data in mask.items()}
-            flat = flat[nonzero] if mask else flat
+        hint = None if solved.mask is None else solved.mask.numpy()
+        streams, wide = write_mask(flat != absent, layout.pattern, width, hint)
+        out |= streams
+        flat = pick(flat, wide, absent)
         if solved.codes is None:
             out["values"] = torch.from_numpy(np.ascontiguousarray(flat).reshape(-1)).view(layout.dtype)
         else:
@@ -105,46 +77,35 @@ class Packed:
         return out
 
     def entry(self, solved: Solved, layout: Layout) -> dict[str, Any]:
-        if _factored(solved) and isinstance(solved.stored, LowRank):
-            return describe(solved, replace(layout, dtype=torch.float16)) | {"rank": solved.stored.A.shape[1]}
-        return describe(solved, layout)
+        out = describe(solved, layout)
+        if (form := _form(solved)) is not None:
+            out |= {"form": write_form(form, _shape(solved), layout.pattern)[1]}
+            del out["dtype"]
+        return out
 
     def decode(self, tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> StoredLayer:
-        rows, columns = shape_of(entry)
-        if "rank" in entry:
-            return self._read_factored(tensors, entry, (rows, columns))
+        rows, columns = shape = shape_of(entry)
         pattern, bits = entry.get("pattern", "dense"), entry.get("bits")
-        nm = parse_pattern(pattern)
-        masks = [name for name in ("mask", "counts", "ranks", "index") if name in tensors]
-        legal = [["index"]] if nm else [[], ["mask"], ["counts", "ranks"]] if pattern == "unstructured" else [[]]
-        if masks not in legal:
-            raise FormatError(f"a {pattern} layer cannot have the tensors {', '.join(masks) or 'of a dense one'}")
-        arrays = {name: tensors[name].numpy() for name in masks}
-        wide = _read_mask(arrays, rows, columns, nm)  # (rows, columns padded to whole groups) or None
-        mask = None if wide is None else torch.from_numpy(np.ascontiguousarray(wide[:, :columns]))
+        if "form" in entry:
+            form = read_form(tensors, entry["form"], shape)
+            try:
+                weight = form.decode()
+            except (IndexError, RuntimeError, ValueError) as error:
+                raise FormatError(f"the parts of the layer's form do not fit together: {error}") from error
+            mask = form.mask if isinstance(form, Masked) else None
+            return StoredLayer(None, mask, pattern, weight, form)
+        masks = [name for name in MASK_NAMES if name in tensors]
+        wide = read_mask({name: tensors[name] for name in masks}, shape, pattern)
+        mask = mask_of(wide, columns)
         if bits is None:
             (values,) = (need(tensors, "values", *masks)[0],)
             dtype = DTYPES.get(str(entry.get("dtype")))
             if values.dtype != dtype:
                 raise FormatError(f"the values are {values.dtype}, the configuration says {entry.get('dtype')!r}")
-            raw = _place(values.float().numpy(), np.float32(0), wide, rows, columns)
+            raw = place(values.float().numpy(), np.float32(0), wide, shape)
             return StoredLayer(None, mask, pattern, torch.from_numpy(raw))
         codes = self._read_codes(tensors, entry, wide, (rows, columns), masks)
         return StoredLayer(codes, mask, pattern)
-
-    def _read_factored(
-        self, tensors: Mapping[str, Tensor], entry: Mapping[str, Any], shape: tuple[int, int]
-    ) -> StoredLayer:
-        rank = entry["rank"]
-        for name, length in zip(("left", "right"), shape, strict=True):
-            found = tensors.get(name)
-            if found is None or found.dtype != torch.float16 or tuple(found.shape) != (length, rank):
-                have = "missing" if found is None else f"{found.dtype} {tuple(found.shape)}"
-                raise FormatError(f"{name} must be float16 ({length}, {rank}); it is {have}")
-        rest = {k: v for k, v in tensors.items() if k not in ("left", "right")}
-        base = self.decode(rest, {k: v for k, v in entry.items() if k != "rank"})
-        form = LowRank(Plain(base.weight), tensors["left"].float(), tensors["right"].float())
-        return StoredLayer(None, None, "dense", form.decode())
 
     def _read_codes(
         self,
@@ -171,7 +132,7 @@ class Packed:
         count = rows * columns if wide is None else int(wide.sum())
         stream = unpack_bits(codes.numpy(), bits, count)
         absent = np.repeat(zero, size, axis=1)[:, :columns]
-        values = _place(stream, absent, wide, rows, columns)
+        values = place(stream, absent, wide, shape)
         return Codes(torch.from_numpy(values), scale.float(), torch.from_numpy(zero).float(), bits, size)
 
     def check(self, layer: LayerPlan) -> list[str]:
@@ -191,10 +152,19 @@ class Packed:
         return {"quant_method": "lissom", "version": VERSION, "layers": {name: dict(e) for name, e in entries.items()}}
 
 
-def _factored(solved: Solved) -> bool:
-    """Whether the weight is a sparse matrix plus a product of factors, all in half precision (OATS)."""
+def _form(solved: Solved) -> Stored | None:
+    """What is stored instead of codes or plain weights, its zeros behind the layer's mask."""
     form = solved.stored
-    return solved.codes is None and isinstance(form, LowRank) and isinstance(form.base, Plain)
+    if solved.codes is not None or form is None or isinstance(form, Plain):
+        return None
+    if solved.mask is None or isinstance(form, Masked):
+        return form
+    return Masked(form, solved.mask)
+
+
+def _shape(solved: Solved) -> tuple[int, int]:
+    rows, columns = solved.weight.shape
+    return rows, columns
 
 
 def packed_bits(plan: LayerPlan, nonzeros: int, value_bits: int = 16, symmetric: bool | None = None) -> int:
@@ -241,7 +211,7 @@ def expected_bytes(plan: LayerPlan, nonzeros: float) -> float:
 def _ranked_mask_bits(density: float) -> float:
     """Mean bits a weight of blocks of counts and ranks, for independent weights that are non-zero with this chance."""
     chances = [comb(MAX_GROUP, k) * density**k * (1 - density) ** (MAX_GROUP - k) for k in range(MAX_GROUP + 1)]
-    return (_COUNT_BITS + float(np.dot(chances, _RANK_WIDTHS))) / MAX_GROUP
+    return (COUNT_BITS + float(np.dot(chances, RANK_WIDTHS))) / MAX_GROUP
 
 
 def _bits_dtype(dtype: torch.dtype) -> type[np.unsignedinteger]:
@@ -258,81 +228,3 @@ def _zero_codes(codes: Codes) -> NDArray[np.uint8]:
     """The code of zero at every position, (out, in)."""
     zero = codes.zero.to(torch.uint8).numpy()
     return np.repeat(zero, codes.group_size, axis=1)[:, : codes.values.shape[1]]
-
-
-def _widen(mask: NDArray[np.bool_], m: int) -> NDArray[np.bool_]:
-    """Columns padded with False to whole groups of ``m``."""
-    return np.pad(mask, ((0, 0), (0, -mask.shape[1] % m)))
-
-
-def _fill(nonzero: NDArray[np.bool_], nm: tuple[int, int], mask: Tensor | None) -> NDArray[np.bool_]:
-    """Exactly N kept positions in each group of M: the non-zeros, then the mask's, then the first ones."""
-    n, m = nm
-    keep = _widen(nonzero, m).reshape(-1, m)
-    counts = keep.sum(1)
-    if int(counts.max()) > n:
-        bad = int((counts > n).sum())
-        raise FormatError(
-            f"{bad} of {counts.size} groups of {m} inputs hold more than {n} non-zeros: not an {n}:{m} layer"
-        )
-    if int(counts.min()) < n:
-        short = counts < n
-        priority = 2 * keep[short].astype(np.int8)
-        if mask is not None:
-            priority += _widen(mask.numpy(), m).reshape(-1, m)[short]
-        order = np.argsort(-priority, axis=1, kind="stable")[:, :n]
-        chosen = np.zeros_like(priority, bool)
-        np.put_along_axis(chosen, order, True, 1)
-        keep = keep.copy()
-        keep[short] = chosen
-    return keep.reshape(nonzero.shape[0], -1)
-
-
-def _smallest_mask(mask: NDArray[np.bool_], width: int) -> dict[str, NDArray]:
-    """The smallest of: one bit a weight, blocks of counts and ranks, nothing (all weights stored)."""
-    nonzeros, bitmap = int(mask.sum()), stream_bytes(mask.size, 1)
-    blocks = np.pad(mask, (0, -mask.size % MAX_GROUP)).reshape(-1, MAX_GROUP)
-    counts = blocks.sum(1)
-    widths = _RANK_WIDTHS[counts]
-    ranked = stream_bytes(counts.size, _COUNT_BITS) + stream_bytes(int(widths.sum()), 1)
-    if stream_bytes(mask.size, width) <= min(bitmap, ranked) + stream_bytes(nonzeros, width):
-        return {}
-    if bitmap <= ranked:
-        return {"mask": pack_bits(mask, 1)}
-    return {"counts": pack_bits(counts, _COUNT_BITS), "ranks": pack_ragged(rank(blocks), widths)}
-
-
-def _read_mask(
-    arrays: Mapping[str, NDArray], rows: int, columns: int, nm: tuple[int, int] | None
-) -> NDArray[np.bool_] | None:
-    total = rows * columns
-    if "mask" in arrays:
-        return unpack_bits(arrays["mask"], 1, total).astype(bool).reshape(rows, columns)
-    if "counts" in arrays:
-        counts = unpack_bits(arrays["counts"], _COUNT_BITS, -(-total // MAX_GROUP)).astype(np.int64)
-        ranks = unpack_ragged(arrays["ranks"], _RANK_WIDTHS[counts])
-        flat = unrank(ranks, MAX_GROUP, counts).reshape(-1)
-        if flat[total:].any():
-            raise FormatError("the mask has weights behind the end of the layer")
-        return flat[:total].reshape(rows, columns)
-    if "index" in arrays and nm:
-        groups = rows * -(-columns // nm[1])
-        ranks = unpack_bits(arrays["index"], rank_width(nm[1], nm[0]), groups).astype(np.int64)
-        return unrank(ranks, nm[1], nm[0]).reshape(rows, -1)
-    return None
-
-
-def _place(
-    stream: NDArray, absent: NDArray | np.generic, wide: NDArray[np.bool_] | None, rows: int, columns: int
-) -> NDArray:
-    """The full matrix: ``stream`` at the stored positions, ``absent`` elsewhere."""
-    if wide is None:
-        if stream.size != rows * columns:
-            raise FormatError(f"{stream.size} weights are stored for a layer of {rows} × {columns}")
-        return stream.reshape(rows, columns).copy()
-    if stream.size != int(wide.sum()):
-        raise FormatError(f"{stream.size} weights are stored, the mask has room for {int(wide.sum())}")
-    out = np.zeros(wide.shape, stream.dtype)
-    out[:, :columns] = absent
-    out[wide] = stream
-    return np.ascontiguousarray(out[:, :columns])

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..core import CheckpointError
 from .architectures import Architecture
 from .layout import Sizes, stages
-from .operators import BlockOperators, Cached
+from .operators import BlockOperators
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -178,8 +177,8 @@ class Block:
         kept = None
         if self.operators is not None:
             q, k = self.operators.heads(q, k)
-            if self.operators.operators.cache:
-                kept = [Cached.of(t, grid) for t, grid in zip((k, v), self.operators.operators.cache, strict=True)]
+            kept = self.operators.cached(k, v)
+            if kept is not None:
                 k, v = kept[0].old, kept[1].old
                 if all(c.fresh is None for c in kept):
                     kept = None
@@ -314,6 +313,8 @@ def inverse_frequencies(config: Any, kind: str | None, head_dim: int, tokens: in
     rope = config.rope_parameters[kind] if kind else config.rope_parameters
     form = rope.get("rope_type", "default")
     if form != "default":
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # slow to import
+
         extra = {"layer_type": kind} if kind else {}
         frequencies, scale = ROPE_INIT_FUNCTIONS[form](config, None, seq_len=tokens, **extra)
         return frequencies, float(scale)

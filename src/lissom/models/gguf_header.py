@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, dequantize, quant_shape_to_byte_shape
+from gguf import (
+    GGML_QUANT_SIZES,
+    GGMLQuantizationType,
+    GGUFValueType,
+    GGUFWriter,
+    dequantize,
+    quant_shape_to_byte_shape,
+)
 
 from ..core import CheckpointError
 
@@ -46,6 +53,11 @@ class Stored:
         return self.shape if self.kind in plain else quant_shape_to_byte_shape(self.shape, self.kind)
 
     @property
+    def block_bytes(self) -> int:
+        """Bytes of one block of codes."""
+        return GGML_QUANT_SIZES[self.kind][1]
+
+    @property
     def size(self) -> int:
         width = {GGMLQuantizationType.F32: 4, GGMLQuantizationType.F16: 2}.get(self.kind, 1)
         return math.prod(self.bytes_shape) * width
@@ -70,7 +82,14 @@ class Header:
         item = self.tensors[name]
         dtype = {GGMLQuantizationType.F32: "<f4", GGMLQuantizationType.F16: "<f2"}.get(item.kind, "u1")
         data = np.fromfile(self.path, dtype=dtype, count=math.prod(item.bytes_shape), offset=item.start)
-        return dequantize(data.reshape(item.bytes_shape), item.kind).astype(np.float32, copy=False)
+        if dtype == "u1":
+            # gguf works on sixteen rows at a time: with long rows its cost is the arithmetic, not the calls
+            count = data.size // item.block_bytes
+            together = next(n for n in range(min(count, 1024), 0, -1) if count % n == 0)
+            data = data.reshape(-1, together * item.block_bytes)
+        else:
+            data = data.reshape(item.bytes_shape)
+        return dequantize(data, item.kind).astype(np.float32, copy=False).reshape(item.shape)
 
     def problems(self) -> list[str]:
         """Tensors that end after the end of the file."""

@@ -11,7 +11,7 @@ query's. Gradients pass straight through the rounding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..core import FormatError, Rotation
 from ..methods.quantize.activations import round_input
-from ..methods.quantize.kv_cache import CacheGrid, fake_cache, in_full_precision
+from ..methods.quantize.kv_cache import CacheGrid, fake_cache, fake_cache_static, in_full_precision
 
 KEY = "lissom_operators"  # in config.json
 
@@ -38,14 +38,21 @@ class InputGrid:
     scales: Mapping[str, float] = field(default_factory=dict)
 
 
+Constants = tuple[
+    tuple[tuple[float, ...], ...], tuple[tuple[float, ...], ...]
+]  # scales and zero points, (heads, size) each
+
+
 @dataclass(frozen=True)
 class Operators:
-    """Of a whole model. ``turn_inputs``: stage → rotation of that stage's inputs."""
+    """Of a whole model. ``turn_inputs``: stage → rotation of that stage's inputs. ``cache_grids``: block → the grids of its
+    keys and of its values, where the cache's are static."""
 
     activations: InputGrid | None = None
     cache: tuple[CacheGrid, CacheGrid] | None = None
     turn_inputs: Mapping[int, Rotation] = field(default_factory=dict)
     turn_heads: Rotation | None = None
+    cache_grids: Mapping[int, tuple[Constants, Constants]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.activations or self.cache or self.turn_inputs or self.turn_heads)
@@ -62,6 +69,11 @@ class Operators:
             out["activations"] = asdict(self.activations) | {"stages": list(self.activations.stages)}
         if self.cache:
             out["cache"] = {k: asdict(g) for k, g in zip(("keys", "values"), self.cache, strict=True)}
+        if self.cache_grids:
+            out["cache_grids"] = {
+                str(i): [[[list(row) for row in t] for t in constants] for constants in both]
+                for i, both in self.cache_grids.items()
+            }
         if self.turn_inputs:
             out["turn_inputs"] = {str(s): asdict(r) for s, r in self.turn_inputs.items()}
         if self.turn_heads:
@@ -75,6 +87,7 @@ class Operators:
             other.cache or self.cache,
             {**self.turn_inputs, **other.turn_inputs},
             other.turn_heads or self.turn_heads,
+            other.cache_grids if other.cache else self.cache_grids,
         )
 
 
@@ -83,7 +96,7 @@ def read_operators(data: Any, where: str = "config.json") -> Operators:
     if not data:
         return Operators()
     try:
-        known = {"activations", "cache", "turn_inputs", "turn_heads"}
+        known = {"activations", "cache", "cache_grids", "turn_inputs", "turn_heads"}
         if set(data) - known:
             raise ValueError(f"unknown operators {', '.join(sorted(set(data) - known))}")
         grid = data.get("activations")
@@ -92,7 +105,11 @@ def read_operators(data: Any, where: str = "config.json") -> Operators:
         grids = (CacheGrid(**cache["keys"]), CacheGrid(**cache["values"])) if cache else None
         turns = {int(s): Rotation(**r) for s, r in data.get("turn_inputs", {}).items()}
         heads = Rotation(**data["turn_heads"]) if data.get("turn_heads") else None
-        return Operators(activations, grids, turns, heads)
+        constants: dict[int, Any] = {
+            int(i): tuple(tuple(tuple(tuple(map(float, row)) for row in t) for t in one) for one in both)
+            for i, both in data.get("cache_grids", {}).items()
+        }
+        return Operators(activations, grids, turns, heads, constants)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise FormatError(
             f"{where}: {KEY} is not understood ({error}); install the lissom that wrote it, or a newer one"
@@ -100,11 +117,15 @@ def read_operators(data: Any, where: str = "config.json") -> Operators:
 
 
 class BlockOperators:
-    """The operators of one block. ``scales`` may be filled while a static grid is calibrated."""
+    """The operators of one block. ``scales`` may be filled while a static grid is calibrated; ``observe`` is given keys and
+    values whose static grids are not known yet, and which therefore stay as they are."""
 
     def __init__(self, operators: Operators, number: int):
         self.operators, self.number = operators, number
         self.scales: dict[int, float] = {}
+        self.observe: Callable[[Tensor, Tensor], None] | None = None
+        known = operators.cache_grids.get(number)
+        self.grids = [tuple(torch.tensor(t)[:, None] for t in one) for one in known] if known else None
         if operators.activations:
             for stage in operators.activations.stages:
                 key = f"{number}.{stage}"
@@ -135,6 +156,19 @@ class BlockOperators:
         turn = self.operators.turn_heads
         return (q, k) if turn is None else (turn.apply(q), turn.apply(k))
 
+    def cached(self, k: Tensor, v: Tensor) -> list[Cached] | None:
+        """Keys and values as attention reads them, or None where nothing rounds them."""
+        both = self.operators.cache
+        if both is None:
+            return None
+        if any(grid.static for grid in both) and self.grids is None:
+            if self.observe is None:
+                raise FormatError(f"block {self.number}: the static grids of its cache are missing in {KEY}")
+            self.observe(k, v)
+            return None
+        constants = self.grids or (None, None)
+        return [Cached.of(t, grid, found) for t, grid, found in zip((k, v), both, constants, strict=True)]
+
 
 @dataclass(frozen=True)
 class Cached:
@@ -145,9 +179,13 @@ class Cached:
     fresh: Tensor | None
 
     @classmethod
-    def of(cls, x: Tensor, grid: CacheGrid) -> Cached:
-        """``x: (batch, heads, tokens, size)``."""
-        stored = straight(x, fake_cache(x.detach(), replace(grid, recent=0)))
+    def of(cls, x: Tensor, grid: CacheGrid, constants: tuple[Tensor, ...] | None = None) -> Cached:
+        """``x: (batch, heads, tokens, size)``; ``constants``: scale and zero point of a static grid, (heads, 1, size)."""
+        if constants is None:
+            rounded = fake_cache(x.detach(), replace(grid, recent=0))
+        else:
+            rounded = fake_cache_static(x.detach(), constants[0], constants[1], grid.bits)
+        stored = straight(x, rounded)
         return cls(stored, x, in_full_precision(x.shape[2], grid))
 
     def repeated(self, times: int) -> Cached:

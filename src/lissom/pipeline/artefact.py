@@ -6,7 +6,7 @@ the statistics of later layers – and the reported errors – are those of the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import Both, Grid, Problem, Solved, Stack, Stats
+from ..core import Both, Grid, Problem, Solved, Stack, Stats, grid_of
 from ..export import ArtefactWriter, CompressedTensors, Layout, StoredLayer, codec_named
 from ..models import Block, Linear, Model
 from ..models.operators import KEY
@@ -106,8 +106,7 @@ class Artefact:
             bits = grid.bits if grid and layer.stage in grid.stages else None
             layout = Layout(self.dtype, pattern, transposed, bits, bool(grid and grid.static))
             stored, size = self.store(layer.name, result.solved, layout)
-            codes = result.solved.codes
-            bits, group = (codes.bits, codes.group_size) if codes else (16, None)
+            bits, group = grid_of(result.solved.codes or result.solved.stored) or (16, None)
         scale = block.operators.scales.get(layer.stage) if block.operators else None
         if scale is not None and isinstance(self.codec, CompressedTensors):
             self._pending[f"{layer.name}.input_scale"] = torch.tensor([scale], dtype=torch.float16)
@@ -178,3 +177,24 @@ class Artefact:
         more = {KEY: self.model.operators.describe()} if self.model.operators else {}
         self.writer.finish(self.model.checkpoint, self.dtype, quantization, more)
         return self.writer.bytes_by_part()
+
+
+_PARTS = {"q": "attention", "k": "attention", "v": "attention", "qkv": "attention", "o": "attention"}
+
+
+def bytes_after(records: Sequence[LayerRecord], total: int) -> dict[str, int]:
+    """Bytes of the finished files: attention, MLP, and the rest (embedding, head, norms, headers)."""
+    out = {"attention": 0, "mlp": 0}
+    for r in records:
+        out[_PARTS.get(r.role, "mlp")] += r.bytes
+    return out | {"embedding and rest": total - sum(out.values())}
+
+
+def bytes_before(model: Model, total: int) -> dict[str, int]:
+    """The same of the checkpoint, linear layers at its average bytes per weight."""
+    out = {"attention": 0.0, "mlp": 0.0}
+    each = total / model.parameters_count
+    for i in range(model.blocks):
+        for layer in model.linears(i):
+            out[_PARTS.get(layer.role, "mlp")] += layer.rows * layer.columns * each
+    return {k: round(v) for k, v in out.items()} | {"embedding and rest": round(total - sum(out.values()))}

@@ -25,28 +25,30 @@ from torch import Tensor
 from .. import __version__
 from ..core import Budget, OutputError, Stats
 from ..export import open_model
+from ..export.layout import dtype_name
 from ..models import Block, Linear, Model
 from . import gradients
 from . import recipe as recipes
-from .allocate import Budgets, budgets_for, needs_held_out
-from .artefact import Artefact, LayerRecord, artefact_dtype
+from .allocate import budgets_for, needs_held_out
+from .artefact import Artefact, LayerRecord, artefact_dtype, bytes_after, bytes_before
 from .blockwise import block_steps, dense_targets, work_on_block
 from .data import CalibrationSet, embed, load_calibration
 from .folding import folded_model
 from .healing import heal, training_steps
 from .lock import alone
-from .operating import calibrator, operated, with_scales
+from .operating import calibrator, operated, samples_for, with_scales
 from .planning import Plan
 from .recipe import Step
 from .shapes import structured_plan
+from .shots import earlier_shots
 from .sizing import check_target, chosen_save, expectation, size_budgets, with_choice
-from .stream import LayerResult, Spill, solve_stage, stream_block
+from .stream import Extras, LayerResult, Spill, histogram_bins, solve_stage, stream_block
 from .structured import smaller_model
 from .structured_targets import with_targets
+from .trials import Budgets
 from .verify import verify
 from .workdir import check_writable, dump_json, first_sample, hidden_files, keep_hidden, start
 
-_ERROR_SAMPLES = 4  # samples for the reported errors of methods that need no data themselves
 Tick = Callable[[str, int, int], None]
 Note = Callable[[str], None]
 
@@ -74,8 +76,8 @@ def plan(
         model.checkpoint.tokenizer(), checked.calibration, model.config.vocab_size, needs_held_out(made)
     )
     with tempfile.TemporaryDirectory() as folder:
-        budgets, record = size_budgets(model, made, data, Path(folder), tick)
-    return with_choice(made, budgets, record)
+        _, record = size_budgets(model, made, data, Path(folder), tick)
+    return with_choice(made, record)
 
 
 @torch.no_grad()
@@ -127,8 +129,9 @@ def _compress(
     made = structured_plan(model, checked, target)
     check_target(model, made)
     data = load_calibration(checkpoint.tokenizer(), checked.calibration, model.config.vocab_size, needs_held_out(made))
-    if not any(step.method.needs for step in checked.steps) and checked.target is None:
-        data = replace(data, ids=data.ids[:_ERROR_SAMPLES])
+    needs = any(step.method.needs or step.constraint.shots > 1 for step in checked.steps)
+    if not needs and checked.target is None:
+        data = replace(data, ids=data.ids[: samples_for(checked)])
     for warning in made.warnings:
         _say(note, f"note: {warning}")
     identity = {
@@ -147,27 +150,30 @@ def _compress(
 
     clock = time.perf_counter()
     model, removed = smaller_model(
-        dense, checked, data.ids, work / "smaller", artefact_dtype(dense, checked.save.dtype), tick
+        dense, checked, data, work / "smaller", artefact_dtype(dense, checked.save.dtype), tick
     )
     model, folded = folded_model(model, checked, data.ids, work / "folded", tick)
     stages["structured"] = time.perf_counter() - clock
-    model = operated(model, checked)
+    model = operated(model, checked, data.ids, work / "cache.json")
 
     clock = time.perf_counter()
-    budgets, allocation = _budgets(work, model, made, data, tick)
+    dtype = artefact_dtype(model, checked.save.dtype)
+    model, floors = earlier_shots(model, made, data, work / "shots", tick)
+    stages["shots"] = time.perf_counter() - clock
+
+    clock = time.perf_counter()
+    extras = gradients.for_steps(model, data.ids, work, [step.name for step in checked.steps], tick)
+    stages["gradients"] = time.perf_counter() - clock
+
+    clock = time.perf_counter()
+    budgets, allocation = _budgets(work, model, made, data, extras, floors, tick)
     stages["allocate"] = time.perf_counter() - clock
     if checked.target:
         _say(note, expectation(next(iter(allocation.values()))))
 
     clock = time.perf_counter()
-    extras = gradients.wanted_extras([step.name for step in checked.steps])
-    if extras:
-        gradients.gather(model, data.ids, work, extras, tick)
-    stages["gradients"] = time.perf_counter() - clock
-
-    clock = time.perf_counter()
-    artefact = Artefact(work, model, chosen_save(checked, allocation))
-    records = _blocks(work, model, made, budgets, data, artefact, spill, tick, note)
+    artefact = Artefact(work, model, replace(chosen_save(checked, allocation), dtype=dtype_name(dtype)))
+    records = _blocks(work, model, made, budgets, data, artefact, extras, spill, tick, note)
     sample = first_sample(load_file(hidden_files(work)[model.blocks]))
     stages["blocks"] = time.perf_counter() - clock
 
@@ -208,8 +214,8 @@ def _compress(
         "bits_per_weight": 8 * size / model.parameters_count,
         "linear_bits_per_weight": 8 * sum(r.bytes for r in records) / max(linear, 1),
         "sparsity": sum(r.sparsity * r.weights for r in records) / max(linear, 1),
-        "bytes_before": _bytes_before(dense, checkpoint.bytes),
-        "bytes_after": _bytes_after(records, size),
+        "bytes_before": bytes_before(dense, checkpoint.bytes),
+        "bytes_after": bytes_after(records, size),
     }
     stages["save"] = time.perf_counter() - clock
 
@@ -229,11 +235,13 @@ def _compress(
         work / "run.json",
         work / "budgets.json",
         work / "targets.json",
+        work / "cache.json",
         *work.glob("records-*.json"),
         *work.glob("gradients-*.safetensors"),
+        *work.glob("trials-*.json"),
     ):
         leftover.unlink(missing_ok=True)
-    for folder in ("training", "smaller", "curves", "folded"):
+    for folder in ("training", "smaller", "curves", "folded", "shots"):
         shutil.rmtree(work / folder, ignore_errors=True)
     os.replace(work, target)
     return manifest | timings | {"out": str(target)}
@@ -245,14 +253,20 @@ def _say(note: Note | None, text: str) -> None:
 
 
 def _budgets(
-    work: Path, model: Model, made: Plan, data: CalibrationSet, tick: Tick | None
+    work: Path,
+    model: Model,
+    made: Plan,
+    data: CalibrationSet,
+    extras: Extras,
+    floors: Budgets,
+    tick: Tick | None,
 ) -> tuple[Budgets, dict[str, Any]]:
     path = work / "budgets.json"
     if not path.exists():
         if made.recipe.target:
             budgets, record = size_budgets(model, made, data, work / "curves", tick)
         else:
-            budgets, record = budgets_for(model, made, data, tick)
+            budgets, record = budgets_for(model, made, data, tick, extras=extras, floors=floors, folder=work)
         dump_json(path, {"budgets": {str(i): asdict(b) for i, b in budgets.items()}, "record": record})
     saved = json.loads(path.read_text(encoding="utf-8"))
     return {int(i): Budget(**b) for i, b in saved["budgets"].items()}, saved["record"]
@@ -265,6 +279,7 @@ def _blocks(
     budgets: Budgets,
     data: CalibrationSet,
     artefact: Artefact,
+    extras: Extras,
     spill: bool,
     tick: Tick | None,
     note: Note | None,
@@ -290,8 +305,8 @@ def _blocks(
     for i in range(done, model.blocks):
         block = model.load_block(i)
         here, hidden, dense = _solve_block(
-            block, artefact, steps, gradients.block_extras(work, i), healing, hidden, dense, budgets, waiting, note,
-            calibrator(made.recipe),
+            block, artefact, steps, extras(i), healing, hidden, dense, budgets, waiting, note,
+            calibrator(made.recipe), data,
         )  # fmt: skip
         artefact.block(i, block)
         dump_json(work / f"records-{i:05d}.json", [asdict(r) for r in here])
@@ -315,7 +330,8 @@ def _solve_block(
     budgets: Budgets,
     waiting: Spill | None,
     note: Note | None,
-    calibrate: Callable[[Tensor], float] | None = None,
+    calibrate: Callable[[Tensor, Tensor], float] | None = None,
+    data: CalibrationSet | None = None,
 ) -> tuple[list[LayerRecord], list[Tensor], list[Tensor]]:
     """Solve and encode one block; returns its layers' records and what it gives to the next block, in both streams.
 
@@ -346,33 +362,14 @@ def _solve_block(
             if damping and damping > asked * 1.001:
                 _say(note, f"{layer.name}: damping raised to {damping:g} until the Gram matrix was positive definite")
 
-    hidden = stream_block(block, hidden, solve, gram, waiting, calibrate=calibrate)
+    watch, at_once = (data.watch, data.at_once) if data else (None, False)
+    bins = histogram_bins([s for s, _ in steps])
+    hidden = stream_block(block, hidden, solve, gram, waiting, watch, calibrate, bins, at_once)
     if healing:
         healed = work_on_block(block, solved, inputs, dense, targets, healing)
         keep([r.layer for r in healed], healed)
         hidden = [block.forward(h) for h in inputs]
     return list(records.values()), hidden, targets
-
-
-_PARTS = {"q": "attention", "k": "attention", "v": "attention", "qkv": "attention", "o": "attention"}
-
-
-def _bytes_after(records: Sequence[LayerRecord], total: int) -> dict[str, int]:
-    """Bytes of the finished files: attention, MLP, and the rest (embedding, head, norms, headers)."""
-    out = {"attention": 0, "mlp": 0}
-    for r in records:
-        out[_PARTS.get(r.role, "mlp")] += r.bytes
-    return out | {"embedding and rest": total - sum(out.values())}
-
-
-def _bytes_before(model: Model, total: int) -> dict[str, int]:
-    """The same of the checkpoint, linear layers at its average bytes per weight."""
-    out = {"attention": 0.0, "mlp": 0.0}
-    each = total / model.parameters_count
-    for i in range(model.blocks):
-        for layer in model.linears(i):
-            out[_PARTS.get(layer.role, "mlp")] += layer.rows * layer.columns * each
-    return {k: round(v) for k, v in out.items()} | {"embedding and rest": round(total - sum(out.values()))}
 
 
 def _cluster(budgets: Budgets, layer: Linear) -> int | None:

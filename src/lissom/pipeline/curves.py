@@ -10,12 +10,15 @@ at every (sparsity, bits) of :func:`choices` with one sweep (:func:`lissom.core.
 stack. Between the measured sparsities the logarithm of the loss is interpolated. Embedding and head have their loss measured
 directly: the KL of the dense blocks between rounded embeddings.
 
-The sweep stands for any solver: ALPS does better at high sparsity than its curve says, rounding to nearest worse.
+The sweep stands for any solver at first: ALPS loses less at high sparsity, rounding to nearest more. So in a few blocks the
+recipe's own steps solve every layer too, at the choices of ``SPARSE_CHECKED`` and all dense ones, and the mean ratio of the
+losses, by role and choice, is applied to all blocks.
 Source: the empirical Fisher diagonal of OBD (LeCun et al. 1989) applied to outputs instead of weights; ours in this form.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,15 +45,19 @@ from .prices import (
     layer_bytes,
     rounded_names,
 )
-from .recipe import Save, Step
-from .stream import stream_block
+from .recipe import Recipe, Save, Step
+from .stream import solve_stage, stream_block
+from .target import parts
 
 Tick = Callable[[str, int, int], None]
 Options = dict[str, list[Option]]
+Curve = dict[tuple[float, int], tuple[float, float]]  # (sparsity, bits) → (loss, non-zero codes)
 _STEP = 0.02  # between interpolated sparsities
 _WEIGHTS = 40_000_000  # of all choices of a stack that are solved together
 _EMBEDDING_WINDOWS = 4
 _HEAD_TOKENS = 256
+SPARSE_CHECKED = (0.5, 0.8)
+_CHECKED_BLOCKS = (0.1, 0.5, 0.9)  # where in the depth
 
 
 def outer_as_saved(model: Model, save: Save, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -101,14 +108,19 @@ def embedding_options(
 
 
 def layer_options(
-    model: Model, step: Step, data: CalibrationSet, samples: int, folder: Path, tick: Tick | None = None
+    model: Model, recipe: Recipe, data: CalibrationSet, samples: int, folder: Path, tick: Tick | None = None
 ) -> Options:
-    """Options of every layer that ``step`` touches; gradients go through ``folder``."""
+    """Options of every layer that the recipe's solvers touch; gradients go through ``folder``."""
     ids = data.ids[:samples]
     folder.mkdir(parents=True, exist_ok=True)
     gradients.gather(model, ids, folder, [gradients.OUTPUT_POWER], tick)
-    pairs = choices(step.constraint, "zeros" in step.method.makes)
-    out: Options = {}
+    zeros, codes = parts(recipe.steps)
+    step = recipe.steps[codes]
+    pairs = choices(step.constraint, zeros is not None)
+    checked = [pair for pair in pairs if not pair[0] or pair[0] in SPARSE_CHECKED]
+    own = {round((model.blocks - 1) * f) for f in _CHECKED_BLOCKS}
+    seen: dict[Linear, Curve] = {}
+    ratios: dict[tuple[str, tuple[float, int]], list[float]] = {}
     with torch.no_grad():
         hidden = embed(model, ids)
         model.release()
@@ -121,12 +133,17 @@ def layer_options(
                 weights = {layer.name: block.weight(layer.name) for layer in layers}
                 scale = {la.name: power[la.name][gradients.OUTPUT_POWER] * (ids.shape[1] - 1) ** 2 for la in layers}
                 if layers:
-                    out.update(_curves(layers, weights, scale, stats, step, pairs))
+                    curves = _curves(layers, weights, scale, stats, step, pairs)
+                    seen.update(curves)
+                    for pair in checked if block.number in own else ():
+                        for la, loss in _really(layers, weights, scale, stats, recipe, pair).items():
+                            ratio = math.log(max(loss, 1e-30) / max(curves[la][pair][0], 1e-30))
+                            ratios.setdefault((la.role, pair), []).append(ratio)
 
             hidden = stream_block(block, hidden, visit)
             if tick:
                 tick("curves", i + 1, model.blocks)
-    return out
+    return {la.name: interpolate(la, step, _corrected(la, curve, ratios)) for la, curve in seen.items()}
 
 
 def _curves(
@@ -136,33 +153,63 @@ def _curves(
     stats: Stats,
     step: Step,
     pairs: Sequence[tuple[float, int]],
-) -> Options:
-    """Solve the layers of one stage at all ``pairs`` and read their curves."""
+) -> dict[Linear, Curve]:
+    """Sweep the layers of one stage at all ``pairs`` and read their curves."""
     W = torch.cat([weights[layer.name] for layer in layers])
     factors: dict[tuple[float, bool], Factor] = {}
-    seen: dict[str, dict[tuple[float, int], tuple[float, float]]] = {layer.name: {} for layer in layers}
+    seen: dict[Linear, Curve] = {layer: {} for layer in layers}
     each = max(1, CURVE_WEIGHTS // W.numel())
     for at in range(0, len(pairs), each):
         some = pairs[at : at + each]
-        parts: list[tuple[int, Both]] = []
+        stacked: list[tuple[int, Both]] = []
         for s, b in some:
             for layer in layers:
                 budget = Budget("sparsity", {layer.name: s}, {}, {layer.name: b})
-                parts.append((layer.rows, constraint_for(layer, step.constraint, budget)))
-        problem = Problem(W.repeat(len(some), 1), stats, Stack(tuple(parts)), (), None, factors)
+                stacked.append((layer.rows, constraint_for(layer, step.constraint, budget)))
+        problem = Problem(W.repeat(len(some), 1), stats, Stack(tuple(stacked)), (), None, factors)
         solved = sweep(problem, problem.factor(getattr(step.config, "damping", 0.01)))
         row = 0
         for pair in some:
             for layer in layers:
                 here = slice(row, row + layer.rows)
                 loss = float(solved.error[here] @ scale[layer.name])
-                seen[layer.name][pair] = (loss, float(torch.count_nonzero(solved.weight[here])))
+                seen[layer][pair] = (loss, float(torch.count_nonzero(solved.weight[here])))
                 row += layer.rows
-    return {layer.name: interpolate(layer, step, seen[layer.name]) for layer in layers}
+    return seen
 
 
-def interpolate(layer: Linear, step: Step, seen: Mapping[tuple[float, int], tuple[float, float]]) -> list[Option]:
-    """Options from (sparsity, bits) → (loss, non-zero codes): the measured ones without zeros, and every :data:`_STEP` between."""
+def _really(
+    layers: Sequence[Linear],
+    weights: Mapping[str, Tensor],
+    scale: Mapping[str, Tensor],
+    stats: Stats,
+    recipe: Recipe,
+    pair: tuple[float, int],
+) -> dict[Linear, float]:
+    """Losses of the layers as the recipe's own steps solve them."""
+    sparsity, bits = pair
+    budgets = budgets_of({la.name: Option(0.0, 0.0, sparsity, bits) for la in layers}, parts(recipe.steps))
+    steps = [(s, budgets.get(i)) for i, s in enumerate(recipe.steps) if s.method.kind == "solver"]
+    results = solve_stage(layers, weights, stats, steps)
+    return {r.layer: float(r.solved.error @ scale[r.layer.name]) for r in results}
+
+
+def _corrected(layer: Linear, curve: Curve, ratios: Mapping[tuple[str, tuple[float, int]], Sequence[float]]) -> Curve:
+    """The curve times the mean ratio of its role, which is interpolated over sparsity and constant beyond what was checked."""
+    mean = {pair: sum(r) / len(r) for (role, pair), r in ratios.items() if role == layer.role}
+    out: Curve = {}
+    for (s, b), (loss, count) in curve.items():
+        if s == 0:
+            ratio = mean.get((0.0, b), 0.0)
+        else:
+            known = {c: mean[c, b] for c in SPARSE_CHECKED if (c, b) in mean}
+            ratio = float(np.interp(s, list(known), list(known.values()))) if known else 0.0
+        out[s, b] = (loss * math.exp(ratio), count)
+    return out
+
+
+def interpolate(layer: Linear, step: Step, seen: Curve) -> list[Option]:
+    """Options from a curve: the measured ones without zeros, and every :data:`_STEP` between."""
     out = [
         Option(layer_bytes(layer, step.constraint, 0.0, b), loss, 0.0, b)
         for (s, b), (loss, _) in seen.items()
@@ -182,6 +229,15 @@ def interpolate(layer: Linear, step: Step, seen: Mapping[tuple[float, int], tupl
     return out
 
 
+def budgets_of(choice: Mapping[str, Option], places: tuple[int | None, int]) -> dict[int, Budget]:
+    """By position of the step: one budget when one step makes zeros and codes, else one of each."""
+    sparsity, bits = {n: o.sparsity for n, o in choice.items()}, {n: o.bits for n, o in choice.items()}
+    zeros, codes = places
+    if zeros is None or zeros == codes:
+        return {codes: Budget("sparsity", sparsity, {}, bits)}
+    return {zeros: Budget("sparsity", sparsity), codes: Budget("bits", {n: float(b) for n, b in bits.items()})}
+
+
 def tilted(options: Options, depth: Mapping[str, float], tilt: float) -> Options:
     """Losses times e^(−tilt · depth): depth 0 is the first block, 1 the last; the embedding stays as measured."""
     return {
@@ -193,6 +249,7 @@ def tilted(options: Options, depth: Mapping[str, float], tilt: float) -> Options
 __all__ = [
     "EMBEDDING",
     "Options",
+    "budgets_of",
     "embedding_options",
     "interpolate",
     "layer_options",

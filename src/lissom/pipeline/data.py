@@ -12,8 +12,9 @@ from torch import Tensor
 from ..core import CalibrationError
 from ..evaluate import fingerprint, load_text, samples, tokenize
 from ..models import Model
-from .recipe import Calibration
+from .recipe import NONE, Calibration
 
+_RANDOM_TOKENS = 64
 _BATCH_TOKENS = 4096  # tokens that go through a block together: large products, small intermediates
 
 
@@ -24,6 +25,13 @@ class CalibrationSet:
     ids: Tensor
     held_out: Tensor
     text_tokens: int
+    text: bool = True  # False: random tokens, from which nothing is learned
+    at_once: bool = False  # statistics once per block
+
+    @property
+    def watch(self) -> int | None:
+        """How many batches of hidden states feed statistics: all of them, or none."""
+        return None if self.text else 0
 
     @property
     def hash(self) -> str:
@@ -31,7 +39,11 @@ class CalibrationSet:
 
 
 def load_calibration(tokenizer: Any, settings: Calibration, vocabulary: int, held_out: int = 0) -> CalibrationSet:
-    """Token samples. With ``held_out`` windows asked for, the last fifth of the text is kept apart for them."""
+    """Token samples; for the name ``none`` a few random tokens to check the artefact with. With ``held_out`` windows asked for, the last fifth of the text is kept apart for them."""
+    if settings.data == NONE:
+        generator = torch.Generator().manual_seed(settings.seed)
+        ids = torch.randint(vocabulary, (1, min(settings.length, _RANDOM_TOKENS)), generator=generator)
+        return CalibrationSet(ids, ids[:0], 0, text=False)
     ids = tokenize(tokenizer, load_text(settings.data))
     if len(ids) and int(ids.max()) >= vocabulary:
         raise CalibrationError(
@@ -43,7 +55,12 @@ def load_calibration(tokenizer: Any, settings: Calibration, vocabulary: int, hel
         cut = len(ids) * 4 // 5
         text = ids[:cut]
         apart = samples(ids[cut:], held_out, settings.length, settings.seed + 1)
-    return CalibrationSet(samples(text, settings.samples, settings.length, settings.seed), apart, len(ids))
+    return CalibrationSet(
+        samples(text, settings.samples, settings.length, settings.seed),
+        apart,
+        len(ids),
+        at_once=settings.statistics == "block",
+    )
 
 
 @torch.no_grad()

@@ -160,7 +160,7 @@ def fold_model(
         writer.add(f"block-{i:05d}", block.tensors())
         if tick:
             tick(step.name, i + 1, model.blocks)
-    _finish(model, model.config, writer, {n: model.checkpoint.tensor(n) for n in model.outer_names()})
+    finish_dense(model, model.config, writer, {n: model.checkpoint.tensor(n) for n in model.outer_names()})
     return {"layers": notes}
 
 
@@ -192,7 +192,7 @@ def rotate_model(model: Model, turns: Turns, folder: Path, tick: Tick | None = N
                 outer[name] = _unit(row.norm, outer[name].float())
             outer[f"{row.head}.weight"] = rotate_reader(head, R)
             config.tie_word_embeddings = False
-    _finish(model, config, writer, outer)
+    finish_dense(model, config, writer, outer)
     return {"turned": {k: v.size for k, v in vars(turns).items() if v is not None}}
 
 
@@ -246,6 +246,7 @@ def _rotate_values(block: Block, turns: Turns) -> None:
         block.set_parameter(f"{name}.bias", bias)
 
 
-def _finish(model: Model, config: Any, writer: ArtefactWriter, outer: dict[str, Tensor]) -> None:
+def finish_dense(model: Model, config: Any, writer: ArtefactWriter, outer: dict[str, Tensor]) -> None:
+    """Close a dense checkpoint in float32 with what is outside of its blocks."""
     writer.add("outer", {n: (t.float() if t.is_floating_point() else t) for n, t in outer.items()})
     writer.finish(Written(config, model.checkpoint.copy_assets), torch.float32)  # type: ignore[arg-type]

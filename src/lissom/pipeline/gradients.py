@@ -23,14 +23,29 @@ from ..models import Block, Model
 
 Tick = Callable[[str, int, int], None]
 # method → what it reads from ``Problem.extras``
-WANTED = {"gblm": "gradient", "obd": "fisher", "obs": "samples", "llm-surgeon": "output_gram"}
+WANTED = {
+    "gblm": ("gradient", "gradient_l1"),
+    "obd": ("fisher",),
+    "obs": ("samples",),
+    "llm-surgeon": ("output_gram",),
+}
 OUTPUT_POWER = "output_power"  # (out,), E[g²] of the gradients g at the outputs: the diagonal of "output_gram"
 _TOKENS = 256  # of the head's logits at a time
 
 
 def wanted_extras(names: Collection[str]) -> list[str]:
     """The extras that these methods read."""
-    return sorted({WANTED[name] for name in names if name in WANTED})
+    return sorted({extra for name in names for extra in WANTED.get(name, ())})
+
+
+def for_steps(
+    model: Model, ids: Tensor, folder: Path, names: Collection[str], tick: Tick | None = None
+) -> Callable[[int], dict[str, dict[str, Tensor]]]:
+    """What the methods read of each block, by its number, gathered into ``folder`` where they read anything."""
+    extras = wanted_extras(names)
+    if extras:
+        gather(model, ids, folder, extras, tick)
+    return lambda i: block_extras(folder, i)
 
 
 def gather(model: Model, ids: Tensor, folder: Path, extras: Collection[str], tick: Tick | None = None) -> None:
@@ -124,19 +139,25 @@ def _backward(
     if "output_gram" in extras or OUTPUT_POWER in extras:
         block.observe = observe
     squares = [torch.zeros_like(w, requires_grad=False) for w in weights]
+    sums = [torch.zeros_like(w, requires_grad=False) if "gradient_l1" in extras else None for w in weights]
     samples: list[list[Tensor]] = [[] for _ in weights]
     before = torch.empty_like(inputs)
     for s in range(len(inputs)):
         h = inputs[s : s + 1].detach().requires_grad_()
         gradients = torch.autograd.grad(block.forward(h), [h, *weights], upstream[s : s + 1])
         before[s] = gradients[0][0]
-        for total, single, g in zip(squares, samples, gradients[1:], strict=True):
+        for total, absolute, single, g in zip(squares, sums, samples, gradients[1:], strict=True):
             total += g.square()
+            if absolute is not None:
+                absolute += g.abs()
             if "samples" in extras:
                 single.append(g)
     for i, name in enumerate(names):
         if "gradient" in extras:
             kept[f"{name}|gradient"] = squares[i].sqrt()
+        total = sums[i]
+        if total is not None:
+            kept[f"{name}|gradient_l1"] = total
         if "fisher" in extras:
             kept[f"{name}|fisher"] = squares[i] / len(inputs)
         if "samples" in extras:

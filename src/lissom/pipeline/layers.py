@@ -6,7 +6,7 @@ import re
 
 from ..core import NM, Both, Budget, Grid, Sparse
 from ..models import Linear
-from .recipe import ConstraintSettings
+from .constraints import ConstraintSettings
 
 ROLES = frozenset({"q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down"})
 
@@ -42,7 +42,7 @@ def constraint_for(layer: Linear, settings: ConstraintSettings, budget: Budget |
         n = round((1 - sparsity) * settings.free_m)
         pattern = NM(max(n, 1), settings.free_m) if n < settings.free_m else None
     elif sparsity > 0:
-        pattern = Sparse(sparsity, settings.per or "layer")
+        pattern = Sparse(sparsity, "row" if settings.per == "row" else "layer", settings.shape or (1, 1))
     grid = None
     if bits != 16:
         size = settings.group_size or None

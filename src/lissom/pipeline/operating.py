@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..core import Rotation
+from ..export.writer import write_json
 from ..methods.quantize.activations import Activations, static_scale
-from ..methods.quantize.kv_cache import KVCache
+from ..methods.quantize.kv_cache import KVCache, calibrate_static
 from ..models import InputGrid, Linear, Model, Operators
 from ..models.layout import Sizes
+from ..models.operators import BlockOperators, Constants, read_operators
+from .data import embed
 from .layers import named, wanted
 from .recipe import Recipe, Step
+
+_ERROR_SAMPLES = 4  # for the reported errors of methods that need no data themselves
+_STATIC_SAMPLES = 16
 
 
 def operator_steps(recipe: Recipe) -> list[Step]:
@@ -110,6 +119,7 @@ def _format_problems(model: Model, recipe: Recipe, operators: Operators) -> list
                 ("keys per token", keys.per != "token"), ("values per token", values.per != "token"),
                 ("zero: integer", keys.zero != "integer"), ("recent: 0", keys.recent > 0),
                 ("equal bits of keys and values", keys.bits != values.bits), ("rotate: false", operators.turn_heads),
+                ("static: false", keys.static),
                 (f"a group_size that divides heads of {size}", size % keys.group),
             ) if bad
         ]  # fmt: skip
@@ -141,18 +151,55 @@ def operator_advice(recipe: Recipe, operators: Operators) -> list[str]:
     return out
 
 
-def calibrator(recipe: Recipe) -> Callable[[Tensor], float] | None:
-    """The static scale of a stage from a sample of its inputs; None when the recipe wants none."""
+def calibrator(recipe: Recipe) -> Callable[[Tensor, Tensor], float] | None:
+    """The static scale of a stage from a sample of its inputs and the samples' largest magnitudes; None when the recipe wants none."""
     for step in operator_steps(recipe):
         if isinstance(step.config, Activations) and step.config.per == "tensor":
             return functools.partial(static_scale, config=step.config)
     return None
 
 
-def operated(model: Model, recipe: Recipe) -> Model:
-    """``model`` with the recipe's operators beside its own; the same checkpoint."""
+def samples_for(recipe: Recipe) -> int:
+    """Calibration samples that a recipe uses none of whose methods needs data: for errors, and for static ranges."""
+    static = any(
+        getattr(s.config, "static", False) or getattr(s.config, "per", "") == "tensor" for s in operator_steps(recipe)
+    )
+    return _STATIC_SAMPLES if static else _ERROR_SAMPLES
+
+
+def operated(model: Model, recipe: Recipe, ids: Tensor, path: Path) -> Model:
+    """``model`` with the recipe's operators beside its own; the same checkpoint. Static grids of a cache are found on ``ids``
+    and kept in ``path``."""
     out = copy.copy(model)
-    out.operators = model.operators.merged(operators_of(model, recipe))
+    wanted_here = operators_of(model, recipe)
+    out.operators = model.operators.merged(wanted_here)
+    step = next((s for s in operator_steps(recipe) if isinstance(s.config, KVCache) and s.config.static), None)
+    if step is not None:
+        if not path.exists():
+            found = cache_grids(out, step.config.percent, ids[:_STATIC_SAMPLES])
+            write_json(path, Operators(cache_grids=found).describe())
+        kept = read_operators(json.loads(path.read_text(encoding="utf-8")), str(path))
+        out.operators = replace(out.operators, cache_grids=kept.cache_grids)
+    return out
+
+
+@torch.no_grad()
+def cache_grids(model: Model, percent: float, ids: Tensor) -> dict[int, tuple[Constants, Constants]]:
+    """Static grids of every block's keys and values, from one pass over ``ids`` with nothing rounded."""
+    grids = model.operators.cache
+    assert grids is not None
+    bare = replace(model.operators, activations=None, cache_grids={})
+    hidden, out = embed(model, ids), {}
+    for i in range(model.blocks):
+        block, seen = model.load_block(i), []
+        block.operators = BlockOperators(bare, i)
+        block.operators.observe = lambda k, v, seen=seen: seen.append((k, v))
+        hidden = [block.forward(h) for h in hidden]
+        both = [
+            calibrate_static(torch.cat(parts), grid, percent)
+            for parts, grid in zip(zip(*seen, strict=True), grids, strict=True)
+        ]
+        out[i] = tuple(tuple(tuple(map(tuple, t[:, 0].tolist())) for t in one) for one in both)
     return out
 
 

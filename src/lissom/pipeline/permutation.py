@@ -11,15 +11,17 @@ from ..core import RecipeError, Stats
 from ..export.layout import parse_pattern
 from ..models import Block, Linear, Model
 from ..models.permute import free_channels, permuted
-from .recipe import Step
-from .stream import stream_block
+from .recipe import Recipe, Step
+from .stream import histogram_bins, stream_block
 
 
-def pattern_of(model: Model, step: Step) -> tuple[int, int]:
+def pattern_of(model: Model, step: Step, recipe: Recipe) -> tuple[int, int]:
     """(N, M) of the step; raises :class:`RecipeError` where it is none or its groups do not fit the model's channels."""
-    nm = parse_pattern(step.config.pattern)
+    nm = _of_pruning(recipe) if step.config.pattern == "auto" else parse_pattern(step.config.pattern)
     if nm is None:
-        raise RecipeError(f"{step.name}: pattern must be N:M such as 2:4, not {step.config.pattern!r}")
+        raise RecipeError(
+            f"{step.name}: pattern must be N:M such as 2:4, or auto before a step that prunes N:M, not {step.config.pattern!r}"
+        )
     for units, segments in free_channels(model.architecture, model.config, model.linears(0)):
         if units.count // segments % nm[1]:
             raise RecipeError(
@@ -28,11 +30,19 @@ def pattern_of(model: Model, step: Step) -> tuple[int, int]:
     return nm
 
 
+def _of_pruning(recipe: Recipe) -> tuple[int, int] | None:
+    """The first N:M that the recipe prunes to; of a free N the one that its sparsity means on average."""
+    for step in recipe.steps:
+        c = step.constraint
+        if c.prunes and (c.nm or c.free_m):
+            return c.nm or (max(1, round((1 - c.target) * c.free_m)), c.free_m)  # type: ignore[return-value,operator]
+    return None
+
+
 def permute_block(
-    model: Model, block: Block, step: Step, hidden: list[Tensor]
+    model: Model, block: Block, step: Step, nm: tuple[int, int], hidden: list[Tensor], watch: int | None = None
 ) -> tuple[list[Tensor], dict[str, list[float]]]:
     """Permute the weights of ``block`` in place; its outputs, and the share of the score retained before and after by kind."""
-    nm = pattern_of(model, step)
     found: dict[str, list[float]] = {}
     chosen = []
 
@@ -40,13 +50,11 @@ def permute_block(
         for units, segments in free_channels(block.row, block.config, block.linears):
             for name, columns in units.columns.items():
                 if name == stage[0].name:
-                    order, *shares = step.method.run(
-                        block.weight(name), stats.norm, columns, segments, *nm, step.config
-                    )
+                    order, *shares = step.method.run(block.weight(name), stats, columns, segments, *nm, step.config)
                     chosen.append((units, order))
                     found[units.kind] = shares
 
-    after = stream_block(block, hidden, visit, gram=False)
+    after = stream_block(block, hidden, visit, gram=False, watch=watch, bins=histogram_bins([step]))
     for units, order in chosen:
         block.parameters = permuted(block.parameters, units, order)
     return after, found
@@ -55,16 +63,18 @@ def permute_block(
 def permute_blocks(
     model: Model,
     step: Step,
+    nm: tuple[int, int],
     hidden: list[Tensor],
     write: Callable[[int, Block], None],
     tick: Callable[[str, int, int], None] | None = None,
+    watch: int | None = None,
 ) -> dict[str, Any]:
     """All blocks in turn, each handed to ``write``; the record for the manifest."""
     retained = {}
     for i in range(model.blocks):
         block = model.load_block(i)
-        hidden, retained[str(i)] = permute_block(model, block, step, hidden)
+        hidden, retained[str(i)] = permute_block(model, block, step, nm, hidden, watch)
         write(i, block)
         if tick:
             tick(step.name, i + 1, model.blocks)
-    return {"retained": retained}
+    return {"pattern": f"{nm[0]}:{nm[1]}", "retained": retained}

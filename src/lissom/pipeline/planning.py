@@ -134,6 +134,13 @@ def _misfits(step: Step, layers: list[Linear], warnings: list[str]) -> Iterator[
                 f"{step.name}: pattern {c.pattern} does not divide the {bad[0].columns} inputs of {bad[0].name}"
                 + _more(bad)
             )
+    r, k = c.shape or (1, 1)
+    bad = [layer for layer in touched if c.prunes and (layer.rows % (r or 1) or layer.columns % (k or 1))]
+    if bad:
+        yield (
+            f"{step.name}: unit {c.unit} does not divide the {bad[0].rows} x {bad[0].columns} weights of {bad[0].name}"
+            + _more(bad)
+        )
     if c.bits != 16 and c.group_size:
         bad = [la for la in touched if c.group_size < la.columns and la.columns % c.group_size % _UNIT]
         if bad:
@@ -247,10 +254,12 @@ def estimate(model: Model, recipe: Recipe, layers: list[Linear], tokens: int) ->
     size = weights * bits / 8 + rest * outer_bits / 8
     needs_gram = any("gram" in s.method.needs for s in recipe.steps)
     per_token = weights + (0.62 * sum(la.columns**2 for la in _inputs(layers)) if needs_gram else 0)
-    share = 1.0
+    shots = max((s.constraint.shots for s in recipe.steps), default=1)
+    share = float(shots)
     if any(s.method.kind == "allocation" and s.method.needs for s in recipe.steps):
-        share += allocation_samples(recipe) / recipe.calibration.samples
+        share += shots * allocation_samples(recipe) / recipe.calibration.samples
     sweeps = sum(la.columns * 2.0e-4 + la.rows * la.columns**2 / 4e10 for la in layers) if needs_gram else 0
+    sweeps *= shots
     if recipe.target:  # forwards and backwards of the curves, and one trial for each tilt
         memory += 6 * 4 * CURVE_WEIGHTS
         trials = len(recipe.target.tilts)
@@ -269,7 +278,11 @@ def estimate(model: Model, recipe: Recipe, layers: list[Linear], tokens: int) ->
             seconds += whole if minutes is None else min(whole, 60 * minutes)
     seconds += 3.5 * tokens * weights * sum(epochs) / matmul_speed() if epochs else 0
     # dense float32 checkpoints of the steps that rewrite weights
-    folded = 4 * model.parameters_count * sum(s.method.kind in ("fold", "rotation") for s in recipe.steps)
+    folded = (
+        4
+        * model.parameters_count
+        * (sum(s.method.kind in ("fold", "rotation") for s in recipe.steps) + min(2, shots - 1))
+    )
     return {
         "memory_bytes": float(memory),
         "disk_bytes": float(size + folded + 4 * tokens * hidden * (2 if epochs else 1) + cached),

@@ -11,8 +11,9 @@ import torch
 from ..core import Budget
 from ..export import LayerPlan, expected_bytes
 from ..models import Linear, Model
+from .constraints import ConstraintSettings
 from .layers import constraint_for
-from .recipe import ConstraintSettings, Save
+from .recipe import Save
 
 EMBEDDING_BITS = (3, 4, 5, 6, 8)
 BITS = (2, 3, 4, 5, 6, 8)

@@ -26,48 +26,9 @@ import yaml
 
 from ..core import Method, RecipeError
 from ..methods import METHODS
+from .constraints import ConstraintSettings, pruning_problems, textless_problems
 from .settings import build, suggest
 from .target import Target, problems_of
-
-
-@dataclass(frozen=True)
-class ConstraintSettings:
-    """Settings that every solver shares.
-
-    ``sparsity`` in [0, 1) or None; ``pattern`` "unstructured", "N:M" (then sparsity follows), or "n:16" (N chosen for
-    each layer by the allocation); ``per`` "layer" or "row"; ``bits`` 2–8, 16 = not quantized; ``group_size`` inputs per scale, 0 = one scale per output row;
-    ``symmetric``; ``range`` minmax|mse; ``only``/``ignore``: regular expressions on layer names or roles.
-    """
-
-    sparsity: float | None = None
-    pattern: str = "unstructured"
-    per: Literal["layer", "row"] | None = None
-    bits: int = 16
-    group_size: int = 128
-    symmetric: bool = False
-    range: Literal["minmax", "mse"] = "minmax"
-    only: tuple[str, ...] = ()
-    ignore: tuple[str, ...] = ()
-
-    @property
-    def nm(self) -> tuple[int, int] | None:
-        match = re.fullmatch(r"(\d+):(\d+)", self.pattern)
-        return (int(match[1]), int(match[2])) if match else None
-
-    @property
-    def free_m(self) -> int | None:
-        """M of "n:M", a pattern whose N the allocation chooses for each layer."""
-        match = re.fullmatch(r"n:(\d+)", self.pattern)
-        return int(match[1]) if match else None
-
-    @property
-    def prunes(self) -> bool:
-        return bool(self.sparsity) or self.nm is not None
-
-    @property
-    def target(self) -> float:
-        """The fraction of zeros that the step asks for."""
-        return 1 - self.nm[0] / self.nm[1] if self.nm else (self.sparsity or 0.0)
 
 
 @dataclass(frozen=True)
@@ -81,16 +42,21 @@ class Save:
     embedding_group_size: int = 64
 
 
+NONE = "none"  # of calibration text
+
+
 @dataclass(frozen=True)
 class Calibration:
-    """``data`` a name or file; ``samples`` × ``length`` tokens; ``allocation_samples`` for the pass of an
-    allocation (None: a quarter, at least 8)."""
+    """``data`` a name or file, or "none": no text, inputs are taken as white; ``samples`` × ``length`` tokens; ``allocation_samples`` for the pass of an
+    allocation (None: a quarter, at least 8); ``statistics`` of a layer's inputs after all ``stage``s before it were
+    compressed, or once per ``block``, before any of its layers."""
 
     data: str = "builtin"
     samples: int = 128
     length: int = 512
     seed: int = 0
     allocation_samples: int | None = None
+    statistics: Literal["stage", "block"] = "stage"
 
 
 @dataclass(frozen=True)
@@ -163,7 +129,7 @@ def implied(name: str) -> dict[str, Any] | None:
     elif "zeros" in method.makes:
         steps, save = [{"use": name, "sparsity": 0.5}], "dense"
     else:
-        steps, save = [{"use": name, "bits": 4, "group_size": 128}], "dense" if "forms" in method.makes else "packed"
+        steps, save = [{"use": name, "bits": 4, "group_size": 128}], "packed"
     return {"name": name, "summary": f"{method.summary} ({method.source})", "steps": steps, "save": {"format": save}}
 
 
@@ -205,12 +171,13 @@ def read(source: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]], o
     for override in overrides:
         _override(override, entries, sections, problems)
     steps = tuple(_step(entry, i, problems) for i, entry in enumerate(entries))
+    steps = _compared_everywhere(steps)
     save = build(Save, sections["save"], "save", problems)
     calibration = build(Calibration, sections["calibration"], "calibration", problems)
     target = build(Target, sections["target"], "target", problems) if sections["target"] else None
     if target:
         problems += problems_of(target, steps, save.format, overrides)
-        steps = tuple(_freed(step) for step in steps if step.method.kind != "allocation")
+        steps = _freed([step for step in steps if step.method.kind != "allocation"])
     recipe = Recipe(str(data.get("name") or name), steps, str(data.get("summary") or ""), save, calibration, target)
     problems += _check(recipe)
     if problems:
@@ -302,17 +269,35 @@ def _step(entry: dict[str, Any], index: int, problems: list[str]) -> Step:
     config = build(method.config, own, where, problems)
     constraint = build(ConstraintSettings, shared, where, problems)
     if constraint.per is None:
-        constraint = replace(constraint, per=method.comparison)  # type: ignore[arg-type]
+        constraint = replace(constraint, per="layer" if constraint.unit != "element" else method.comparison)
     if method.fold is not None and constraint.bits == 16:
         method = replace(method, kind="fold")
     return Step(method, config, constraint)
 
 
-def _freed(step: Step) -> Step:
-    """The step without the settings that a target chooses; 4 bits stand for whatever they will be."""
-    if step.method.kind != "solver":
-        return step
-    return replace(step, constraint=replace(step.constraint, sparsity=None, pattern="unstructured", bits=4))
+def _compared_everywhere(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """``per: global`` written out: one threshold over all layers is a budget for each, and inside a layer its scores decide."""
+    out: list[Step] = []
+    for step in steps:
+        if step.constraint.per == "global":
+            method = METHODS["global-threshold"]
+            out.append(Step(method, method.config(), ConstraintSettings(per="layer")))
+            step = replace(step, constraint=replace(step.constraint, per="layer"))
+        out.append(step)
+    return tuple(out)
+
+
+def _freed(steps: Sequence[Step]) -> tuple[Step, ...]:
+    """The steps without the settings that a target chooses; half of the weights in 4 bits stand for whatever they will be."""
+    solvers = [step for step in steps if step.method.kind == "solver"]
+    out = []
+    for step in steps:
+        if step.method.kind == "solver":
+            last = step is solvers[-1]
+            free = {"sparsity": None if last else 0.5, "pattern": "unstructured", "bits": 4 if last else 16}
+            step = replace(step, constraint=replace(step.constraint, **free))
+        out.append(step)
+    return tuple(out)
 
 
 TRAINED = ("gates", "projection")  # kinds of structured steps that train the whole model
@@ -327,6 +312,10 @@ def _check(recipe: Recipe) -> list[str]:
     for i, step in enumerate(recipe.steps):
         where, c = f"step {i + 1} ({step.name})", step.constraint
         if step.method.kind == "allocation":
+            if pending:
+                out.append(
+                    f"{where}: {pending.name} before it shares the same budget; leave one of them (per: global is one)"
+                )
             pending = step
             continue
         kinds = {s.method.kind for s in recipe.steps[:i]}
@@ -361,8 +350,18 @@ def _check(recipe: Recipe) -> list[str]:
         elif c.free_m:
             if not 2 <= c.free_m <= 32 or not c.sparsity:
                 out.append(f"{where}: pattern {c.pattern} needs 2 ≤ M ≤ 32 and a sparsity")
+            elif pending is None:
+                out.append(
+                    f"{where}: pattern {c.pattern} takes N from an allocation; put one before the step, such as uniform or loss-clusters"
+                )
         elif c.pattern != "unstructured":
             out.append(f"{where}: pattern must be 'unstructured', 'N:M' such as '2:4', or 'n:16', not {c.pattern!r}")
+        if c.nm and pending and pending.name != "bits":
+            out.append(
+                f"{where}: pattern {c.pattern} leaves {pending.name} nothing to share; "
+                f"give pattern n:{c.nm[1]} with a sparsity, or drop the allocation"
+            )
+        out += [f"{where}: {line}" for line in pruning_problems(step, pending, recipe.steps[:i])]
         if c.bits != 16 and not 2 <= c.bits <= 8:
             out.append(f"{where}: bits must be 2 … 8, or 16 for not quantized, not {c.bits}")
         if c.group_size < 0:
@@ -394,10 +393,17 @@ def _check(recipe: Recipe) -> list[str]:
     c = recipe.calibration
     if c.samples < 1 or c.length < 2:
         out.append(f"calibration: samples ≥ 1 and length ≥ 2 are needed, not {c.samples} × {c.length}")
+    out += textless_problems(recipe) if c.data == NONE else []
     odd = [t.name for t in recipe.steps if "forms" in t.method.makes and t.constraint.bits != 16]
-    if odd and recipe.save.format != "dense":
+    if odd and recipe.save.format not in ("packed", "dense"):
         out.append(
-            f"save: format {recipe.save.format} holds uniform integer grids, and {odd[0]} makes another form; use format dense"
+            f"save: format {recipe.save.format} holds uniform integer grids, and {odd[0]} makes another form; use format "
+            "packed, or dense"
+        )
+    if odd and any(s.method.kind == "training" for s in recipe.steps):
+        out.append(
+            f"step {len(recipe.steps)} ({recipe.steps[-1].name}): trains codes of uniform grids and plain weights; what {odd[0]} "
+            "makes would be lost"
         )
     s = recipe.save
     if s.format not in FORMATS:

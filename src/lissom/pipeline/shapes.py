@@ -188,7 +188,7 @@ def planned_model(model: Model, recipe: Recipe) -> Model:
     """``model`` as the recipe's structured steps will leave it, without weights; itself when there are none."""
     for step in recipe.steps:
         if step.method.kind == "permutation":
-            pattern_of(model, step)
+            pattern_of(model, step, recipe)
         elif step.method.kind in STRUCTURED:
             model = Model(Planned(model, step))
     return model

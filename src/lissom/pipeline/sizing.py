@@ -20,20 +20,21 @@ from typing import Any
 
 import torch
 
-from ..core import Budget, RecipeError
+from ..core import RecipeError
 from ..evaluate import token_losses
 from ..export import Layout, codec_named
 from ..methods.allocate.spend import Option, hull, plan_size, reach
 from ..models import Linear, Model
-from .allocate import Budgets, allocation_samples, trial
 from .artefact import artefact_dtype
-from .curves import EMBEDDING, Options, embedding_options, layer_options, mean_kl, outer_as_saved, tilted
+from .curves import EMBEDDING, Options, budgets_of, embedding_options, layer_options, mean_kl, outer_as_saved, tilted
 from .data import CalibrationSet
 from .layers import wanted
-from .planning import Plan
+from .planning import Plan, allocation_samples
 from .prices import fixed_bytes, header_bytes, limits
 from .recipe import Recipe, Save
 from .stream import LayerResult
+from .target import parts
+from .trials import Budgets, chain_of, trial
 
 Tick = Callable[[str, int, int], None]
 Choice = dict[str, Option]
@@ -59,11 +60,10 @@ def check_target(model: Model, plan: Plan) -> None:
     wished = target.bytes(model.parameters_count) if target else None
     if target is None or wished is None:
         return
-    step = plan.recipe.steps[_solver(plan)]
+    zeros, codes = parts(plan.recipe.steps)
+    step = plan.recipe.steps[codes]
     dtype = artefact_dtype(model, plan.recipe.save.dtype)
-    low, high = limits(
-        model, touched(model, plan), step.constraint, plan.recipe.save, "zeros" in step.method.makes, dtype
-    )
+    low, high = limits(model, touched(model, plan), step.constraint, plan.recipe.save, zeros is not None, dtype)
     if not low * (1 - _TOLERANCE) <= wished <= high * (1 + _TOLERANCE):
         nearest = low if wished < low else high
         raise RecipeError(
@@ -74,23 +74,24 @@ def check_target(model: Model, plan: Plan) -> None:
 
 
 def touched(model: Model, plan: Plan) -> list[Linear]:
-    settings = plan.recipe.steps[_solver(plan)].constraint
+    settings = plan.recipe.steps[parts(plan.recipe.steps)[1]].constraint
     return [la for i in range(model.blocks) for la in model.linears(i) if wanted(la, settings)]
 
 
 def size_budgets(
     model: Model, plan: Plan, data: CalibrationSet, folder: Path, tick: Tick | None = None
 ) -> tuple[Budgets, dict[str, Any]]:
-    """The budget of the plan's only solver, and a record with what is expected of it (see :func:`expectation`)."""
+    """The budgets of the plan's solvers, and a record with what is expected of it (see :func:`expectation`)."""
     target = plan.recipe.target
     assert target is not None
-    index = _solver(plan)
-    step, save = plan.recipe.steps[index], plan.recipe.save
+    places = parts(plan.recipe.steps)
+    step, save = plan.recipe.steps[places[1]], plan.recipe.save
     dtype = artefact_dtype(model, save.dtype)
     layers = touched(model, plan)
     samples = allocation_samples(plan.recipe)
+    few = replace(data, ids=data.ids[:samples])
     embeddings, dense = embedding_options(model, save, data.held_out, dtype, tick)
-    options = {EMBEDDING: embeddings} | layer_options(model, step, data, samples, folder, tick)
+    options = {EMBEDDING: embeddings} | layer_options(model, plan.recipe, data, samples, folder, tick)
     options = {name: hull(many) for name, many in options.items()}
     fixed = fixed_bytes(model, layers, dtype)
     last = max(1, model.blocks - 1)
@@ -109,7 +110,8 @@ def size_budgets(
                 result.layer.name, (result.layer.rows, result.layer.columns), local
             )
 
-        hidden = trial(model, plan, {index: _budget(choice)}, data, tick, f"trial {number}", outer, weigh)
+        chain = chain_of(plan, _budgets(choice, places))
+        hidden = trial(model, chain, few, tick, f"trial {number}", outer, weigh)
         kl = mean_kl(model, dense, hidden, outer)
         loss = _loss(model, hidden, data.held_out, outer)
         return Trial(choice, tilt, _sum(choice), kl, loss, size)
@@ -160,16 +162,17 @@ def size_budgets(
             },
         }
     }  # fmt: skip
-    return {index: _budget(choice)}, record
+    return _budgets(choice, places), record
 
 
-def with_choice(plan: Plan, budgets: Budgets, record: Mapping[str, Any]) -> Plan:
+def with_choice(plan: Plan, record: Mapping[str, Any]) -> Plan:
     """The plan with the sparsity and bits of every layer, and the size, as they were chosen."""
-    budget, chosen = budgets[_solver(plan)], next(iter(record.values()))
+    chosen = next(iter(record.values()))
+    layers = chosen["layers"]
     rows = tuple(
-        row | {"sparsity": budget.values[row["name"]], "bits": budget.bits[row["name"]]}
-        if row["name"] in budget.values else row for row in plan.layers
-    )  # fmt: skip
+        row | {k: layers[row["name"]][k] for k in ("sparsity", "bits")} if row["name"] in layers else row
+        for row in plan.layers
+    )
     total = max(1, sum(row["weights"] for row in rows))
     facts = plan.model | {"planned_sparsity": sum(row["weights"] * row["sparsity"] for row in rows) / total}
     sizes = plan.estimates | {"size_bytes": float(chosen["expected_bytes"])}
@@ -244,13 +247,8 @@ def expectation(r: Mapping[str, Any]) -> str:
     )
 
 
-def _solver(plan: Plan) -> int:
-    return next(i for i, s in enumerate(plan.recipe.steps) if s.method.kind == "solver")
-
-
-def _budget(choice: Choice) -> Budget:
-    layers = {n: o for n, o in choice.items() if n != EMBEDDING}
-    return Budget("sparsity", {n: o.sparsity for n, o in layers.items()}, {}, {n: o.bits for n, o in layers.items()})
+def _budgets(choice: Choice, places: tuple[int | None, int]) -> Budgets:
+    return budgets_of({n: o for n, o in choice.items() if n != EMBEDDING}, places)
 
 
 def _bytes(choice: Choice) -> float:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,10 @@ from ..core import (
     Solved,
     Stack,
     Stats,
+    histogram_entropy,
     merge,
 )
-from ..models import Block, Linear, Run
+from ..models import Block, Linear, Model, Run
 from .layers import constraint_for, wanted
 from .recipe import Step
 
@@ -57,6 +58,7 @@ def give_back() -> None:
 
 _SAMPLE = 1 << 18  # inputs of a stage that a calibrator of ranges looks at
 Visit = Callable[[tuple[Linear, ...], Stats], None]
+Extras = Callable[[int], Mapping[str, Mapping[str, Tensor]]]  # of a block, by number: layer → extra → tensor
 
 
 class Spill:
@@ -97,15 +99,30 @@ def stream_block(
     gram: bool = True,
     spill: Spill | None = None,
     watch: int | None = None,
-    calibrate: Callable[[Tensor], float] | None = None,
+    calibrate: Callable[[Tensor, Tensor], float] | None = None,
+    bins: int = 0,
+    at_once: bool = False,
 ) -> list[Tensor]:
     """Outputs of the block for every batch; ``visit`` is called once a stage, and may set weights.
 
+    Where nothing is watched (``watch`` 0), statistics are those of white inputs.
+
     ``hidden``: (batch, tokens, width) each; the list is emptied as it is used. ``watch``: only the first so many
     batches feed the statistics (the others are held-out text that just goes along). ``calibrate``: a sample of a stage's
-    inputs, their largest magnitude among them → the static scale, where the block's operators ask for one; from there on,
-    statistics and products see the rounded inputs.
+    inputs and the largest magnitude of each calibration sample → the static scale, where the block's operators ask for one; from there on,
+    statistics and products see the rounded inputs. ``at_once``: all stages\' statistics are of the block as it was loaded,
+    and taken before any is visited; costs a second forward.
+    ``bins``: of the inputs' histograms, whose entropy the statistics then have.
     """
+    if at_once:
+        gathered: list[tuple[tuple[Linear, ...], Stats]] = []
+        stream_block(block, list(hidden), lambda *stage: gathered.append(stage), gram, spill, watch, calibrate, bins)
+        for stage in gathered:
+            visit(*stage)
+        for i in range(len(hidden)):
+            hidden[i] = block.forward(hidden[i])
+        give_back()
+        return hidden
     runs = []
     for i in range(len(hidden)):
         runs.append(block.start(hidden[i]))
@@ -117,8 +134,7 @@ def stream_block(
         waits = calibrate is not None and block.operators is not None and block.operators.waits(number)
         if waits:
             assert calibrate is not None and block.operators is not None
-            sample = _sample_of(runs, number, watch, spill)
-            block.operators.scales[number] = calibrate(sample)
+            block.operators.scales[number] = calibrate(*_sample_of(runs, number, watch, spill))
         for i, run in enumerate(runs):
             if spill:
                 spill.get(i, run.state)
@@ -132,7 +148,10 @@ def stream_block(
                 stats = seen if stats is None else merge(stats, seen)
             if spill:
                 spill.put(i, run.state)
-        assert stats is not None
+        if stats is None:
+            stats = Stats.white(stage[0].columns, gram)
+        elif bins:
+            stats = replace(stats, entropy=histogram_entropy(lambda: _inputs(runs[:watch], spill), bins))
         visit(stage, stats)
         give_back()
     outputs = []
@@ -145,9 +164,24 @@ def stream_block(
     return outputs
 
 
-def _sample_of(runs: Sequence[Run], stage: int, watch: int | None, spill: Spill | None) -> Tensor:
-    """Brings all runs to ``stage`` and returns about :data:`_SAMPLE` of its inputs, evenly spaced, and the largest one."""
-    top, parts = torch.zeros(1), []
+def _inputs(runs: Sequence[Run], spill: Spill | None) -> Iterator[Tensor]:
+    """The inputs of the stage at which all runs are, (tokens, in) each."""
+    for i, run in enumerate(runs):
+        if spill:
+            spill.get(i, run.state)
+        yield run.input().flatten(0, -2)
+        if spill:
+            spill.put(i, run.state)
+
+
+def histogram_bins(steps: Sequence[Step]) -> int:
+    """Bins of the histograms that a step reads; 0 where none does."""
+    return max((s.config.bins for s in steps if "entropy" in s.method.needs), default=0)
+
+
+def _sample_of(runs: Sequence[Run], stage: int, watch: int | None, spill: Spill | None) -> tuple[Tensor, Tensor]:
+    """Brings all runs to ``stage``; about :data:`_SAMPLE` of its inputs, evenly spaced, and the largest magnitude by sample."""
+    tops, parts = [], []
     share = max(1, _SAMPLE // len(runs))
     for i, run in enumerate(runs):
         if spill:
@@ -155,12 +189,13 @@ def _sample_of(runs: Sequence[Run], stage: int, watch: int | None, spill: Spill 
         if stage:
             run.advance()
         if watch is None or i < watch:
-            x = run.input().flatten()
-            top = torch.maximum(top, x.abs().max()[None])
-            parts.append(x[:: -(-len(x) // share)].clone())
+            x = run.input()
+            tops.append(x.abs().amax((1, 2)))
+            flat = x.flatten()
+            parts.append(flat[:: -(-len(flat) // share)].clone())
         if spill:
             spill.put(i, run.state)
-    return torch.cat([*parts, top])
+    return torch.cat(parts), torch.cat(tops)
 
 
 @dataclass(frozen=True)
@@ -213,12 +248,14 @@ def _solve_stack(
     W = torch.cat([weights[layer.name] for layer in layers])
     names = tuple(layer.name for layer in layers)
     problem, solved = (
-        Problem(W, stats, Stack(((len(W), Both()),)), names, None, factors, _stacked(layers, extras)),
+        Problem(W, stats, Stack(((len(W), Both()),)), names, None, factors, stacked_extras(layers, extras)),
         None,
     )
     patterns = ["dense"] * len(layers)
     for step, budget in chain:
         parts = [(layer.rows, constraint_for(layer, step.constraint, budget)) for layer in layers]
+        if step.constraint.shots > 1:  # zeros of an earlier shot stay
+            parts = [(n, replace(p, within=weights[la.name] != 0)) for la, (n, p) in zip(layers, parts, strict=True)]
         if solved is not None:
             parts = _inherit(parts, problem, solved, step)
         constraint = Stack(tuple(parts))
@@ -241,7 +278,7 @@ def _solve_stack(
     return results
 
 
-def _stacked(layers: list[Linear], extras: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def stacked_extras(layers: list[Linear], extras: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Extras of the layers of a stack, stacked by rows (per output rows; Gram matrices block by block)."""
     mine = [extras.get(layer.name, {}) for layer in layers]
     out: dict[str, Tensor] = {}
@@ -264,8 +301,43 @@ def _inherit(parts: list[tuple[int, Both]], problem: Problem, solved: Solved, st
     """A later step keeps the zeros and the grid of the earlier one unless it brings its own."""
     out = []
     for (rows, part), (place, before) in zip(parts, problem.constraint.slices(), strict=True):
-        pattern, grid = part.pattern, part.grid or before.grid
+        pattern, within = part.pattern, before.within if part.within is None else part.within
         if not step.constraint.prunes and solved.mask is not None:
             pattern = Fixed(solved.mask[place])
-        out.append((rows, Both(pattern, grid)))
+        out.append((rows, Both(pattern, part.grid or before.grid, within)))
     return out
+
+
+def solve_blocks(
+    model: Model,
+    hidden: list[Tensor],
+    steps: Sequence[tuple[Step, Budget | None]],
+    *,
+    extras: Extras | None = None,
+    watch: int | None = None,
+    at_once: bool = False,
+    visit: Callable[[LayerResult], None] | None = None,
+    keep: Callable[[int, Block], None] | None = None,
+    tick: Callable[[int, int], None] | None = None,
+) -> list[Tensor]:
+    """All blocks in turn, solved in memory; hidden states after the last. ``watch``, ``at_once``: as of :func:`stream_block`.
+
+    ``visit`` sees every solved layer, ``keep`` every solved block with its number.
+    """
+    gram, bins = any("gram" in s.method.needs for s, _ in steps), histogram_bins([s for s, _ in steps])
+    for i in range(model.blocks):
+        block, mine = model.load_block(i), extras(i) if extras else None
+
+        def solve(stage: tuple[Linear, ...], stats: Stats, block: Block = block, mine: Any = mine) -> None:
+            weights = {layer.name: block.weight(layer.name) for layer in stage}
+            for result in solve_stage(stage, weights, stats, steps, mine):
+                block.set_weight(result.layer.name, result.solved.weight)
+                if visit:
+                    visit(result)
+
+        hidden = stream_block(block, hidden, solve, gram, watch=watch, bins=bins, at_once=at_once)
+        if keep:
+            keep(i, block)
+        if tick:
+            tick(i + 1, model.blocks)
+    return hidden

@@ -26,9 +26,9 @@ from ..models import Block, Linear, Model
 from ..models.channels import narrower_block, narrower_outer
 from ..models.units import KINDS, masked, smaller_block, smaller_config, units_of
 from . import gradients
-from .data import embed
+from .data import CalibrationSet, embed
 from .gated import train_units
-from .permutation import permute_blocks
+from .permutation import pattern_of, permute_blocks
 from .recipe import REWRITES, TRAINED, Recipe, Step
 from .shapes import Shape, full_shape, mean_shape, shape_after
 from .stream import stream_block
@@ -37,13 +37,13 @@ Tick = Callable[[str, int, int], None]
 
 
 def smaller_model(
-    model: Model, recipe: Recipe, ids: Tensor, folder: Path, dtype: torch.dtype, tick: Tick | None = None
+    model: Model, recipe: Recipe, data: CalibrationSet, folder: Path, dtype: torch.dtype, tick: Tick | None = None
 ) -> tuple[Model, list[dict[str, Any]]]:
     """What the structured steps make of ``model``, in ``folder``, and what they kept; itself when there are none.
 
     A step that is complete on disk is not done again; one that was killed starts again.
     """
-    record = []
+    record, ids = [], data.ids
     for number, step in enumerate(s for s in recipe.steps if s.method.kind in REWRITES):
         place = folder / str(number)
         done = place / "kept.json"
@@ -55,7 +55,7 @@ def smaller_model(
                     model, step, ids, place, folder / f"{number}-training", recipe.calibration.data, dtype, tick
                 )
             elif step.method.kind == "permutation":
-                made = permuted(model, step, ids, place, dtype, tick)
+                made = permuted(model, step, pattern_of(model, step, recipe), data, place, dtype, tick)
             else:
                 made = rewrite(model, step, ids, place, dtype, tick)
             write_json(done, made)
@@ -123,7 +123,13 @@ def rewrite(
 
 @torch.no_grad()
 def permuted(
-    model: Model, step: Step, ids: Tensor, folder: Path, dtype: torch.dtype, tick: Tick | None = None
+    model: Model,
+    step: Step,
+    nm: tuple[int, int],
+    data: CalibrationSet,
+    folder: Path,
+    dtype: torch.dtype,
+    tick: Tick | None = None,
 ) -> dict[str, Any]:
     """Write the same function with reordered channels into ``folder``. Returns the orders' gains, for the manifest."""
     writer = ArtefactWriter(folder)
@@ -132,7 +138,7 @@ def permuted(
         writer.add(f"block-{i:05d}", {k: v.to(dtype).contiguous() for k, v in block.tensors().items()})
 
     record = {"step": step.name, "heads": {}, "neurons": {}}
-    record |= permute_blocks(model, step, embed(model, ids), write, tick)
+    record |= permute_blocks(model, step, nm, embed(model, data.ids), write, tick, data.watch)
     outer = {n: model.checkpoint.tensor(n) for n in model.outer_names()}
     writer.add("outer", {n: (t.to(dtype) if t.is_floating_point() else t) for n, t in outer.items()})
     writer.finish(_View(model.config, model.checkpoint.copy_assets), dtype)  # type: ignore[arg-type]

@@ -2,8 +2,9 @@
 
     target: {size: 60MB}            # or {bits: 2.2}, or {max_kl: 0.5}
 
-A recipe with a target keeps its solver and the solver's settings; sparsity and bits of every layer and the bits of the embedding
-are chosen from measured curves (:mod:`.sizing`), so allocations, sparsity and bits of the recipe do not count.
+A recipe with a target keeps its solvers and their settings; sparsity and bits of every layer and the bits of the embedding
+are chosen from measured curves (:mod:`.sizing`), so allocations, sparsity and bits of the recipe do not count. One step does
+both, or one makes the zeros and a second one the codes (:func:`parts`).
 """
 
 from __future__ import annotations
@@ -56,6 +57,12 @@ def parse_size(text: float | str) -> float:
     return size
 
 
+def parts(steps: Sequence[Step]) -> tuple[int | None, int]:
+    """Where the zeros and where the codes are made: positions in ``steps``; the first is None where nothing prunes."""
+    solvers = [i for i, s in enumerate(steps) if s.method.kind == "solver"]
+    return (solvers[0] if "zeros" in steps[solvers[0]].method.makes else None), solvers[-1]
+
+
 def problems_of(target: Target, steps: Sequence[Step], format: str, overrides: Sequence[str]) -> list[str]:
     """Why the target and the rest of the recipe do not go together."""
     out: list[str] = []
@@ -81,13 +88,18 @@ def problems_of(target: Target, steps: Sequence[Step], format: str, overrides: S
         if key in _CHOSEN and owner != "target":
             out.append(f"--set {text!r}: the target chooses {key}; drop one of the two")
     solvers = [s for s in steps if s.method.kind == "solver"]
-    if len(solvers) != 1:
-        names = ", ".join(s.name for s in solvers) or "none"
+    names = ", ".join(s.name for s in solvers) or "none"
+    if not 1 <= len(solvers) <= 2 or (len(solvers) == 2 and "zeros" not in solvers[0].method.makes):
         out.append(
-            f"target: needs a recipe with exactly one pruning or quantization step, not {names}; alps, sparsegpt or gptq"
+            f"target: needs a recipe with exactly one pruning or quantization step, or one that prunes and one that rounds, "
+            f"not {names}; such as the recipes budget, sparsegpt or gptq"
         )
-    elif "codes" not in solvers[0].method.makes or "forms" in solvers[0].method.makes:
-        out.append(f"target: {solvers[0].name} makes no integer codes; use a recipe with alps, sparsegpt, gptq or rtn")
+    elif "codes" not in solvers[-1].method.makes or "forms" in solvers[-1].method.makes:
+        out.append(
+            f"target: {solvers[-1].name} makes no integer codes; use a recipe with gptq-descent, sparsegpt, gptq or rtn"
+        )
+    elif len({(s.constraint.only, s.constraint.ignore) for s in solvers}) > 1:
+        out.append(f"target: {names} must touch the same layers; give both the same `only` and `ignore`")
     smaller = [s.name for s in steps if s.method.kind in ("units", "blocks")]
     if smaller:
         out.append(

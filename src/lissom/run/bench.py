@@ -69,7 +69,7 @@ def bench(
     llama_quantization: str = "q4_0",
     rounded: str | None = None,
     outer_bits: int = 8,
-    cache_bits: int = 16,
+    cache_bits: int | None = None,
 ) -> dict[str, Any]:
     """Medians of ``repeats`` interleaved runs after one warm-up.
 
@@ -89,7 +89,7 @@ def bench(
         str(prompt_tokens + new_tokens + 32),
         rounded or "",
         str(outer_bits),
-        str(cache_bits),
+        str(cache_bits or 0),
     ]
     contenders = [Contender("lissom", worker)]
     missing = None
@@ -171,7 +171,7 @@ def _work(model: str, threads: int, context: int, rounded: str, outer_bits: int,
 
     started = time.perf_counter()
     parts = open_parts(model, rounded or None, outer_bits)
-    engine = Engine(parts, threads=threads, context=context, cache_bits=cache_bits)
+    engine = Engine(parts, threads=threads, context=context, cache_bits=cache_bits or None)
     loaded = time.perf_counter() - started
     assert extension is not None
     greedy = extension.Sampling(0.0, 0, 1.0, 0.0, 1.0)

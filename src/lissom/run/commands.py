@@ -17,7 +17,10 @@ Model = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="Threads; all cores when not given.")]
 Context = Annotated[int | None, typer.Option("--context", min=32, help="Positions of the key/value cache.")]
-CacheBits = Annotated[int, typer.Option("--cache-bits", help="Bits of the key/value cache: 16, 8 or 4.")]
+CacheBits = Annotated[
+    int | None,
+    typer.Option("--cache-bits", help="Bits of the key/value cache: 16, 8 or 4; as recorded, or 16, when not given."),
+]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Tokens to generate at most.")]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 = greedy.")]
 TopK = Annotated[int, typer.Option("--top-k", help="Keep the k most probable tokens; 0 = off.")]
@@ -32,11 +35,28 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def _runner(
-    model: str, threads: int | None, context: int | None, bits: int, rounded: str | None, outer: int, slots: int = 1
+    model: str,
+    threads: int | None,
+    context: int | None,
+    bits: int | None,
+    rounded: str | None,
+    outer: int,
+    slots: int = 1,
 ) -> Any:
     from .start import open_runner
 
-    return open_runner(model, rounded, outer, threads=threads, context=context, cache_bits=bits, slots=slots)
+    return open_runner(
+        model, rounded, outer, _packing, threads=threads, context=context, cache_bits=bits, slots=slots
+    )  # fmt: skip
+
+
+def _packing(done: int, total: int) -> None:
+    """Tells of the one slow start, on standard error: a line that counts on a terminal, else one line."""
+    if not total:
+        sys.stderr.write("packing the weights for the first start; later ones take a second\n")
+    elif sys.stderr.isatty():
+        sys.stderr.write(f"\r{done} of {total} matrices" + ("\n" if done == total else ""))
+    sys.stderr.flush()
 
 
 def generate(
@@ -53,7 +73,7 @@ def generate(
     draft: Draft = None,
     threads: Threads = None,
     context: Context = None,
-    cache_bits: CacheBits = 16,
+    cache_bits: CacheBits = None,
     rounded: Rounded = None,
     outer_bits: OuterBits = 8,
     as_json: Json = False,
@@ -88,7 +108,7 @@ def chat(
     seed: Seed = 0,
     threads: Threads = None,
     context: Context = None,
-    cache_bits: CacheBits = 16,
+    cache_bits: CacheBits = None,
     rounded: Rounded = None,
     outer_bits: OuterBits = 8,
 ) -> None:
@@ -123,7 +143,7 @@ def bench(
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Interleaved runs; medians are shown.")] = 5,
     rounded: Rounded = None,
     outer_bits: OuterBits = 8,
-    cache_bits: CacheBits = 16,
+    cache_bits: CacheBits = None,
     against: Annotated[
         str | None, typer.Option("--against", help="'llama.cpp': the same model in the same run.")
     ] = None,
@@ -180,7 +200,7 @@ def serve(
     name: Annotated[str | None, typer.Option("--name", help="The model's name in answers.")] = None,
     threads: Threads = None,
     context: Context = None,
-    cache_bits: CacheBits = 16,
+    cache_bits: CacheBits = None,
     rounded: Rounded = None,
     outer_bits: OuterBits = 8,
 ) -> None:

@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.errors import LissomError
-from ..kernels.native import extension
+from ..core.errors import CheckpointError, LissomError
+from ..kernels.native import extension, isa
 from .parts import ROLES, VECTORS, Layers, Parts
 
 if TYPE_CHECKING:
     from .load import Compress
 
 BLOCK = 32  # positions of a block of the cache, fixed in C++
+RETURN = 64  # positions that stay in the cache behind a sliding window, fixed in C++: what a draft may take back
+CHUNK = 128  # tokens of a prompt that one step reads
 
 
 class ContextError(LissomError):
@@ -35,7 +37,7 @@ class Engine:
 
     ``source``: :class:`Parts` (which engines can share), a ``Model``, or whatever ``open_model`` takes. ``context``:
     positions of the cache, shared by all ``slots`` (sequences in flight). ``threads``: None = all cores.
-    ``cache_bits``: 16, 8 or 4. ``compress`` and ``outer_bits``: see :func:`lissom.run.load.load`.
+    ``cache_bits``: 16, 8 or 4; None = what the checkpoint records, else 16. ``compress`` and ``outer_bits``: see :func:`lissom.run.load.load`.
     Raises :class:`CheckpointError` for architectures that it cannot run.
     """
 
@@ -45,7 +47,7 @@ class Engine:
         threads: int | None = None,
         context: int | None = None,
         slots: int = 1,
-        cache_bits: int = 16,
+        cache_bits: int | None = None,
         compress: Compress | None = None,
         outer_bits: int = 8,
     ):
@@ -54,13 +56,15 @@ class Engine:
                 "lissom was installed without its C++ kernels (no compiler was found): install one and run "
                 "`pip install --force-reinstall --no-deps lissom`"
             )
-        if cache_bits not in (4, 8, 16):
+        if cache_bits not in (None, 4, 8, 16):
             raise LissomError(f"the cache has 16, 8 or 4 bits, not {cache_bits}")
         if not isinstance(source, Parts):
             from .load import load
 
             source = load(source, compress, outer_bits)
         self.parts: Parts = source
+        self.isa = isa()
+        self.cache_bits = cache_bits or _cache_bits(source)
         self.threads = threads or _cores()
         self.limit = source.limit  # positions of one sequence
         self.context = context or min(self.limit, 4096)
@@ -68,11 +72,13 @@ class Engine:
         spec = extension.Spec()
         for name, value in source.sizes.items():
             setattr(spec, name, value)
-        spec.blocks, spec.slots, spec.cache_bits = -(-self.context // BLOCK) + slots - 1, slots, cache_bits
+        spec.blocks, spec.slots, spec.cache_bits = -(-self.context // BLOCK) + slots - 1, slots, self.cache_bits
         self._core = extension.Engine(spec, self.threads)
         for i, block in enumerate(source.blocks):
             vectors = (block.vectors[name] for name in VECTORS)
             self._core.set_block(i, *(block.weights[role] for role in ROLES), *vectors)
+        for i, grids in enumerate(source.recorded.inputs):
+            self._core.set_grids(i, [bits for bits, _ in grids], [scale for _, scale in grids])
         self._core.set_outer(source.embedding, source.head, source.norm, source.frequency)
 
     @property
@@ -87,6 +93,21 @@ class Engine:
     def free_positions(self) -> int:
         """Positions that new sequences can still get."""
         return self._core.free_blocks * BLOCK
+
+    @property
+    def window(self) -> int:
+        """Positions that a token sees, 0 = all."""
+        return int(self.parts.sizes["window"])
+
+    def blocks_for(self, positions: int) -> int:
+        """Blocks of the cache that a sequence of ``positions`` holds at most: a sliding window gives the old ones back."""
+        whole = -(-positions // BLOCK)
+        return min(whole, -(-(self.window + RETURN + CHUNK) // BLOCK) + 2) if self.window else whole
+
+    @property
+    def longest(self) -> int:
+        """Positions that one sequence may have: those of the model, and of the cache unless a sliding window fits into it."""
+        return self.limit if self.blocks_for(self.limit) * BLOCK <= self.context else min(self.limit, self.context)
 
     @property
     def cache_bytes(self) -> int:
@@ -124,7 +145,7 @@ class Engine:
         self._guard(self._core.step, ids, where, at, flags, logits)
         return logits
 
-    def prefill(self, tokens: Sequence[int], slot: int = 0, start: int = 0, chunk: int = 128) -> NDArray[np.float32]:
+    def prefill(self, tokens: Sequence[int], slot: int = 0, start: int = 0, chunk: int = CHUNK) -> NDArray[np.float32]:
         """Run a prompt in chunks; logits (vocabulary,) after its last token."""
         ids = np.asarray(tokens, np.int32)
         logits = np.empty((1, self.vocabulary), np.float32)
@@ -163,3 +184,14 @@ class Engine:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cache_bits(parts: Parts) -> int:
+    recorded = parts.recorded
+    if recorded.cache_lacks:
+        raise CheckpointError(
+            f"{parts.source} was made for {recorded.cache_lacks}, which the engine does not have (its caches have 16, 8 or 4 bits "
+            "and grids of a token): give cache_bits (--cache-bits) to run it with one of those instead; `lissom evaluate` "
+            "measures it as recorded"
+        )
+    return recorded.cache_bits or 16

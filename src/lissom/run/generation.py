@@ -15,7 +15,7 @@ import numpy as np
 
 from ..core.errors import CheckpointError
 from ..kernels.native import extension
-from .engine import ContextError, Engine
+from .engine import RETURN, ContextError, Engine
 from .sampling import RequestError, Sampling
 from .text import TextStream
 
@@ -75,7 +75,7 @@ class Runner:
 
     def room(self, prompt: Sequence[int], sampling: Sampling) -> int:
         """Tokens that may follow ``prompt``; :class:`ContextError` when the prompt itself does not fit."""
-        limit = min(self.engine.limit, self.engine.context)
+        limit = self.engine.longest
         if len(prompt) >= limit:
             raise ContextError(
                 f"the prompt has {len(prompt)} tokens, the context holds {limit}: shorten it, or raise the context"
@@ -151,7 +151,7 @@ class Runner:
             yield token
             while made < room:
                 at = len(seen) - 1  # position of `token`, not yet in the target's cache
-                count = min(width, room - made - 1, draft.engine.limit - len(seen), draft.engine.context - len(seen))
+                count = min(width, room - made - 1, draft.engine.longest - len(seen), RETURN - 2)
                 guess: list[int] = []
                 if count > 0:
                     if known < at:

@@ -24,10 +24,10 @@ import numpy as np
 
 from ..core.errors import FormatError
 from ..kernels.native import extension
-from .parts import ROLES, VECTORS, BlockParts, Layers, Parts
+from .parts import ROLES, VECTORS, BlockParts, Layers, Parts, Recorded
 from .tokenizer import Tokenizer, describe
 
-MAGIC = b"LISSOMI1"
+MAGIC = b"LISSOMI2"
 _HEAD = struct.Struct("<8sQI")
 _ALIGN = 64
 
@@ -73,7 +73,7 @@ def write_image(parts: Parts, path: Path) -> bool:
         "ends": sorted(parts.ends()), "tokenizer": put(data, len(data)), "special": special,
         "chat_template": template,
         "layers": {"forms": parts.layers.forms, "bytes": parts.layers.bytes, "rounded": parts.layers.rounded},
-        "size": at,
+        "recorded": vars(parts.recorded), "size": at,
     }  # fmt: skip
     text = json.dumps(header).encode()
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -137,7 +137,13 @@ def read_image(path: Path) -> Parts:
             header["source"], sizes, header["limit"], blocks, embedding, head_matrix, vector(header["norm"]),
             vector(header["frequency"]), lambda: frozenset(header["ends"]),
             lambda: Tokenizer(words.tobytes(), header["special"], header["chat_template"]), Layers(**header["layers"]),
+            recorded=_recorded(header["recorded"]),
         )  # fmt: skip
+
+
+def _recorded(data: dict[str, Any]) -> Recorded:
+    inputs = [[(int(bits), float(scale)) for bits, scale in block] for block in data["inputs"]]
+    return Recorded(inputs, data["cache_bits"], data["cache_lacks"])
 
 
 def _native() -> Any:

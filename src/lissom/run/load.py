@@ -6,36 +6,40 @@ in groups of 32 or 64 inputs when it is loaded.
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core import Binary, CheckpointError, Codes, LissomError, NumericalError
+from ..core import Binary, CheckpointError, Codes, LissomError, NumericalError, Stored
 from ..core.grid import spread_groups
 from ..export import open_model
-from ..kernels import Packed, PackedBinary
+from ..kernels import Packed, PackedBinary, extension
 from ..models import Model
 from ..models.forward import inverse_frequencies
 from ..models.layout import Sizes
 from .parts import ROLES, BlockParts, Layers, Parts
+from .recorded import recorded
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 Compress = Callable[[str, Tensor], tuple[Codes | Binary, Tensor | None]]
+Tick = Callable[[int, int], None]  # matrices that are packed, of how many
 
 
 def rounded(weight: Tensor, bits: int = 8) -> Codes:
     """Round to nearest on a symmetric grid of 8 or 6 ``bits`` that the kernels read well.
 
-    The grid of ``Grid(bits, symmetric=True)`` up to the rounding of scales, in a few passes over the weights: loading
-    waits for it.
+    The grid of ``Grid(bits, symmetric=True)`` up to the rounding of scales. ``Matrix.round`` of the extension makes the same codes.
     """
     rows, columns = weight.shape
     middle = 2 ** (bits - 1)
-    group = 64 if columns % 64 == 0 else 32 if columns % 32 == 0 else columns
+    group = _group(columns)
     blocks = weight.reshape(rows, -1, group)
     scale = (torch.linalg.vector_norm(blocks, float("inf"), dim=2) / (middle - 1)).half().float()
     inverse = torch.where(scale > 0, 1 / scale, 0.0)
@@ -65,7 +69,9 @@ def unsupported(model: Model) -> str | None:
     return None
 
 
-def load(source: str | Path | Model | Any, compress: Compress | None = None, outer_bits: int = 8) -> Parts:
+def load(
+    source: str | Path | Model | Any, compress: Compress | None = None, outer_bits: int = 8, tick: Tick | None = None
+) -> Parts:
     """Pack the weights of ``source``, a :class:`Model` or whatever ``open_model`` takes.
 
     ``compress``: called with (name, fp32 weight) for linear layers that have no codes; without it they are rounded to int8.
@@ -77,14 +83,16 @@ def load(source: str | Path | Model | Any, compress: Compress | None = None, out
     why = unsupported(model)
     if why:
         raise CheckpointError(f"{model.checkpoint.source} cannot be run: {why}. Use transformers, or export it")
-    return _Loader(model, compress, outer_bits).parts()
+    return _Loader(model, compress, outer_bits, tick or (lambda done, total: None)).parts()
 
 
 class _Loader:
-    def __init__(self, model: Model, compress: Compress | None, outer_bits: int):
-        self.model, self.compress, self.outer_bits = model, compress, outer_bits
+    def __init__(self, model: Model, compress: Compress | None, outer_bits: int, tick: Tick):
+        self.model, self.compress, self.outer_bits, self.tick = model, compress, outer_bits, tick
         self.present = set(model.checkpoint.names())
         self.layers = Layers()
+        self.count = itertools.count(1)  # of several threads
+        self.total = sum(len(model.linears(i)) for i in range(model.blocks)) + (1 if model.tied else 2)
 
     def parts(self) -> Parts:
         model, row = self.model, self.model.architecture
@@ -98,25 +106,36 @@ class _Loader:
             "epsilon": float(getattr(model.config, row.eps)), "attention_scale": s.head_dim**-0.5,
             "window": window(model) or 0,
         }  # fmt: skip
-        blocks = [self.block(i) for i in range(model.blocks)]
-        embedding = self.round(model.embed_name, self.outer_bits)
+        threads = torch.get_num_threads()
+        workers = min(model.blocks, threads, os.cpu_count() or 1)
+        torch.set_num_threads(max(1, threads // workers))  # blocks in parallel, not each operation on a block
+        try:
+            with ThreadPoolExecutor(workers) as pool:
+                made = list(pool.map(self.block, range(model.blocks)))
+        finally:
+            torch.set_num_threads(threads)
+        blocks = [block for block, _ in made]
+        for _, layers in made:
+            self.layers.add(layers)
+        embedding = self.round(self.layers, model.embed_name, self.outer_bits)
         head = embedding
         if not model.tied:
             assert model.head_name is not None
-            head = self.round(model.head_name, self.outer_bits)
+            head = self.round(self.layers, model.head_name, self.outer_bits)
         self.layers.bytes += head.bytes
         final = self.vector(f"{model.prefix}{row.final_norm}.weight")
         checkpoint = model.checkpoint
         return Parts(
-            str(checkpoint.source), sizes, limit, blocks, embedding.matrix, head.matrix, final, frequencies,
+            str(checkpoint.source), sizes, limit, blocks, embedding, head, final, frequencies,
             lambda: end_tokens(model), checkpoint.tokenizer, self.layers, model,
+            recorded(model.operators, model.blocks),
         )  # fmt: skip
 
-    def block(self, i: int) -> BlockParts:
-        model, row = self.model, self.model.architecture
+    def block(self, i: int) -> tuple[BlockParts, Layers]:
+        model, row, layers = self.model, self.model.architecture, Layers()
         packed, biases = {}, {}
         for linear in model.linears(i):
-            packed[linear.role] = self.pack(linear.name)
+            packed[linear.role] = self.pack(layers, linear.name)
             name = f"{linear.name}.bias"
             biases[linear.role] = self.vector(name) if name in self.present else None
         if any(biases.get(role) is not None for role in ("gate", "up", "down")):
@@ -135,46 +154,71 @@ class _Loader:
             "bias": bias,
             "o_bias": biases["o"] or [],
         }
-        return BlockParts({role: packed[role].matrix for role in ROLES}, vectors)
+        return BlockParts({role: packed[role] for role in ROLES}, vectors), layers
 
     def vector(self, name: str) -> list[float]:
         return self.model.checkpoint.tensor(name).float().tolist()
 
-    def pack(self, name: str) -> Packed | PackedBinary:
-        codes = stored_codes(self.model.checkpoint, name)
+    def pack(self, layers: Layers, name: str) -> Any:
+        codes, form = stored_codes(self.model.checkpoint, name)
+        mask = None
         if codes is not None:
-            packed = Packed(codes, codes.values != spread_groups(codes.zero, codes.values.shape[1], codes.group_size))
-            self.layers.forms[name] = str(packed.form)
-        elif self.compress is not None:
+            mask = codes.values != spread_groups(codes.zero, codes.values.shape[1], codes.group_size)
+        elif self.compress is not None and not isinstance(form, Binary):
             made, mask = self.compress(name, self.model.checkpoint.tensor(f"{name}.weight").float())
-            if isinstance(made, Binary):
-                packed = PackedBinary(made.signs, made.alpha, made.offset, made.group_size)
-                self.layers.forms[name] = f"binary × {len(made.signs)}"
-            else:
-                packed = Packed(made, mask)
-                self.layers.forms[name] = str(packed.form)
+            codes, form = (None, made) if isinstance(made, Binary) else (made, None)
+        if isinstance(form, Binary):
+            matrix = PackedBinary(form.signs, form.alpha, form.offset, form.group_size).matrix
+            layers.forms[name] = f"binary × {len(form.signs)}"
+        elif codes is not None:
+            packed = Packed(codes, mask)
+            layers.forms[name], matrix = str(packed.form), packed.matrix
         else:
-            packed = self.round(f"{name}.weight", 8, name)
-        self.layers.bytes += packed.bytes
-        return packed
+            return self.round(layers, f"{name}.weight", 8, name, counted=True)
+        layers.bytes += matrix.bytes
+        self._ticked()
+        return matrix
 
-    def round(self, tensor: str, bits: int, name: str | None = None) -> Packed:
-        weight = self.model.checkpoint.tensor(tensor).float()
+    def round(self, layers: Layers, tensor: str, bits: int, name: str | None = None, counted: bool = False) -> Any:
+        """``counted``: decoding reads all of it (an embedding that is not the head is looked up by row)."""
+        weight = self.model.checkpoint.tensor(tensor).float().contiguous()
         name = name or tensor
-        sparse = weight == 0
-        mask = ~sparse if bits == 8 and float(sparse.float().mean()) > 0.5 else None
-        packed = Packed(rounded(weight, bits), mask)
-        self.layers.rounded.append(name)
-        self.layers.forms[name] = str(packed.form)
-        return packed
+        group, matrix, form = _group(weight.shape[1]), None, f"int{bits}"
+        sparse = bits == 8 and int(torch.count_nonzero(weight)) < weight.numel() // 2
+        if group in (32, 64) and not sparse and extension is not None:
+            try:
+                matrix = extension.Matrix.round(bits, weight.numpy(), group)
+            except ValueError as error:
+                raise NumericalError(f"{name} cannot be rounded to int{bits}: {error}") from error
+        else:
+            packed = Packed(rounded(weight, bits), weight != 0 if sparse else None)
+            matrix, form = packed.matrix, str(packed.form)
+        layers.rounded.append(name)
+        layers.forms[name] = form
+        layers.bytes += matrix.bytes if counted else 0
+        self._ticked()
+        return matrix
+
+    def _ticked(self) -> None:
+        self.tick(next(self.count), self.total)
 
 
-def stored_codes(checkpoint: Any, name: str) -> Codes | None:
-    """The codes of the layer ``name`` where the checkpoint stores codes that the kernels can read."""
+def _group(columns: int) -> int:
+    return 64 if columns % 64 == 0 else 32 if columns % 32 == 0 else columns
+
+
+def stored_codes(checkpoint: Any, name: str) -> tuple[Codes | None, Stored | None]:
+    """The codes, or another form, of the layer ``name`` where the checkpoint stores what the kernels can read."""
     read = getattr(checkpoint, "layer", None)
-    codes = read(name).codes if read is not None else None
-    fits = codes is not None and (codes.group_size >= codes.values.shape[1] or codes.group_size % 32 == 0)
-    return codes if fits else None
+    if read is None:
+        return None, None
+    layer = read(name)
+    codes, form = layer.codes, layer.form
+    if codes is not None and codes.group_size < codes.values.shape[1] and codes.group_size % 32:
+        codes = None
+    if isinstance(form, Binary) and (form.group_size % 32 or form.signs.shape[2] % 32):
+        form = None
+    return codes, form
 
 
 def window(model: Model) -> int | None:

@@ -17,6 +17,11 @@ class Layers:
     bytes: int = 0
     rounded: list[str] = field(default_factory=list)  # layers without codes that were rounded when they were loaded
 
+    def add(self, other: Layers) -> None:
+        self.forms |= other.forms
+        self.bytes += other.bytes
+        self.rounded += other.rounded
+
 
 @dataclass
 class BlockParts:
@@ -30,6 +35,20 @@ class BlockParts:
 
 
 VECTORS = ("norm1", "norm2", "q_norm", "k_norm", "bias", "o_bias")
+
+
+@dataclass
+class Recorded:
+    """What a checkpoint says about a run beside its weights (``lissom_operators``), as far as the engine goes.
+
+    ``inputs[block][stage]``: bits (0: not rounded) and scale (0: of each token) of the inputs of q k v, o, gate up, down; empty
+    when none are rounded. ``cache_bits``: the engine's cache that has the recorded bits, None when nothing is recorded or
+    the engine has no such cache; then ``cache_lacks`` says what was recorded.
+    """
+
+    inputs: list[list[tuple[int, float]]] = field(default_factory=list)
+    cache_bits: int | None = None
+    cache_lacks: str = ""
 
 
 @dataclass
@@ -53,3 +72,4 @@ class Parts:
     tokenizer: Callable[[], Any]
     layers: Layers = field(default_factory=Layers)
     model: Any = None
+    recorded: Recorded = field(default_factory=Recorded)

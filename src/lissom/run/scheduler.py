@@ -1,9 +1,11 @@
 """Continuous batching: sequences join and leave between steps of the engine (Orca, OSDI 2022).
 
 A step is a flat list of tokens – one of every sequence that decodes, then chunks of waiting prompts up to a budget –
-so batches of unequal length cost nothing for padding and a long prompt delays the others by one chunk at most. With
-nothing padded, the length-aware grouping of TurboTransformers (2010.05680) has nothing left to gain: first come, first
-served. A sequence is admitted when the cache has room for all that it may become, so none is ever stopped half-way.
+so batches of unequal length cost nothing for padding and a long prompt delays the others by one chunk at most. What is left of a
+length-aware scheduler (TurboTransformers, 2010.05680, groups lengths to avoid padding) is the order of prompts: the one with the fewest
+tokens left goes first, and each step that a prompt waited counts for a chunk of tokens, so that long ones are only overtaken by
+what came at most ``length / chunk`` steps later. A sequence is admitted when the cache has room for all that it may become, so
+none is ever stopped half-way.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import numpy as np
 
 from ..core.errors import LissomError
 from ..kernels.native import extension
-from .engine import BLOCK
+from .engine import BLOCK, CHUNK
 from .generation import Generation, Runner
 from .sampling import Sampling
 from .text import TextStream
@@ -41,26 +43,24 @@ class Job:
     cancelled: bool = False
     started: float = field(default_factory=time.monotonic)
     first: float | None = None  # seconds to the first token
+    blocks: int = 0  # of the cache, at most
+    arrived: int = 0  # the step that it came before
     # while it runs
     slot: int = -1
     read: int = 0  # positions in the cache
     seen: list[int] = field(default_factory=list)
     stream: TextStream | None = None
 
-    @property
-    def blocks(self) -> int:
-        return -(-(len(self.prompt) + self.room) // BLOCK)
-
 
 class Scheduler:
     """``chunk``: tokens of one step; ``waiting``: jobs that may wait for a slot before :class:`BusyError`."""
 
-    def __init__(self, runner: Runner, chunk: int = 128, waiting: int = 64):
+    def __init__(self, runner: Runner, chunk: int = CHUNK, waiting: int = 64):
         self.runner, self.engine = runner, runner.engine
         self.chunk, self.limit = chunk, waiting
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
-        self.tokens_read = self.tokens_made = self.finished = 0
+        self.tokens_read = self.tokens_made = self.finished = self.steps = 0
         self._free = list(range(self.engine.slots))[::-1]
         self._blocks = self.engine.free_positions // BLOCK
         self._wake = threading.Condition()
@@ -71,7 +71,8 @@ class Scheduler:
         self, prompt: Sequence[int], sampling: Sampling, on_piece: Callable[[Job, str, bool], None] | None = None
     ) -> Job:
         """A job that fits the context; :class:`ContextError` otherwise."""
-        return Job(list(prompt), sampling, self.runner.room(prompt, sampling), on_piece)
+        room = self.runner.room(prompt, sampling)
+        return Job(list(prompt), sampling, room, on_piece, blocks=self.engine.blocks_for(len(prompt) + room))
 
     def submit(self, job: Job) -> None:
         """Add a job; :class:`BusyError` when the line is full or closed."""
@@ -80,6 +81,7 @@ class Scheduler:
                 raise BusyError("the server is shutting down")
             if len(self.waiting) >= self.limit + len(self._free):  # a free slot takes its job at the next step
                 raise BusyError(f"{len(self.waiting)} requests are waiting already: try again later")
+            job.arrived = self.steps
             self.waiting.append(job)
             self._wake.notify()
 
@@ -129,13 +131,14 @@ class Scheduler:
         self._admit()
         if not self.running:
             return
+        self.steps += 1
         tokens: list[int] = []
         slots: list[int] = []
         positions: list[int] = []
         want: list[bool] = []
         drawing: list[Job] = []
         budget = max(self.chunk, len(self.running))
-        for job in sorted(self.running, key=lambda j: len(j.seen) - j.read > 1):  # those that decode go first
+        for job in sorted(self.running, key=self._turn):
             count = min(len(job.seen) - job.read, budget)
             if count <= 0:
                 continue
@@ -159,13 +162,21 @@ class Scheduler:
         for job, row in zip(drawing, logits, strict=True):
             self._take(job, row)
 
+    def _turn(self, job: Job) -> int:
+        """Order of prompts: tokens left, less a chunk for each step since they came. Those that decode go first."""
+        left = len(job.seen) - job.read if job.slot >= 0 else len(job.prompt)
+        return left + (job.arrived - self.steps) * self.chunk if left > 1 or job.slot < 0 else -(2**62)
+
     def _admit(self) -> None:
         with self._wake:
             for job in [j for j in self.waiting if j.cancelled]:
                 self.waiting.remove(job)
                 self._tell(job, "", True)
-            while self.waiting and self._free and self.waiting[0].blocks <= self._blocks:
-                job = self.waiting.popleft()
+            while self.waiting and self._free:
+                job = min(self.waiting, key=self._turn)
+                if job.blocks > self._blocks:  # nothing overtakes it: it would wait for ever
+                    break
+                self.waiting.remove(job)
                 job.slot = self._free.pop()
                 self._blocks -= job.blocks
                 job.seen = list(job.prompt)

@@ -268,7 +268,7 @@ def build_app(runner: Runner, settings: ServerSettings | None = None) -> Any:
     @app.get("/v1/models")
     async def models() -> Any:
         entry = {"id": settings.name, "object": "model", "created": 0, "owned_by": "lissom"}
-        return {"object": "list", "data": [entry | {"max_model_len": min(runner.engine.limit, runner.engine.context)}]}
+        return {"object": "list", "data": [entry | {"max_model_len": runner.engine.longest}]}
 
     @app.get("/health")
     async def health() -> Any:

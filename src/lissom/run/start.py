@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,25 @@ _NOT_READ = {
 }  # written beside the weights later, and not needed to run them
 
 
-def open_runner(model: str, rounded: str | None = None, outer_bits: int = 8, **options: Any) -> Runner:
+Tick = Callable[[int, int], None]
+
+
+def open_runner(
+    model: str, rounded: str | None = None, outer_bits: int = 8, tick: Tick | None = None, **options: Any
+) -> Runner:
     """A :class:`Runner` of a checkpoint, from its image where there is one.
 
-    ``rounded``: round to nearest at load (:func:`lissom.run.rounding.rounding`); ``options``: those of :class:`Engine`.
+    ``rounded``: round to nearest at load (:func:`lissom.run.rounding.rounding`); ``tick``: as of :func:`open_parts`;
+    ``options``: those of :class:`Engine`.
     """
-    return Runner(Engine(open_parts(model, rounded, outer_bits), **options))
+    return Runner(Engine(open_parts(model, rounded, outer_bits, tick), **options))
 
 
-def open_parts(model: str, rounded: str | None = None, outer_bits: int = 8) -> Parts:
-    """The packed weights of a checkpoint, mapped or made (and kept)."""
+def open_parts(model: str, rounded: str | None = None, outer_bits: int = 8, tick: Tick | None = None) -> Parts:
+    """The packed weights of a checkpoint, mapped or made (and kept).
+
+    ``tick(done, total)`` is called while weights are packed: first with (0, 0), then for each matrix, from several threads.
+    """
     folder = cache_folder()
     path = _image_path(model, f"{rounded} {outer_bits}", folder) if folder and extension is not None else None
     if path is not None and path.is_file():
@@ -53,10 +63,12 @@ def open_parts(model: str, rounded: str | None = None, outer_bits: int = 8) -> P
         except (FormatError, OSError):
             with contextlib.suppress(OSError):
                 path.unlink()
+    if tick is not None:
+        tick(0, 0)
     from .load import load
     from .rounding import rounding
 
-    parts = load(model, rounding(rounded) if rounded else None, outer_bits)
+    parts = load(model, rounding(rounded) if rounded else None, outer_bits, tick)
     if path is not None:
         with contextlib.suppress(OSError):  # no image, no harm
             path.parent.mkdir(parents=True, exist_ok=True)

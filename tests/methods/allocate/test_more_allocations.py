@@ -1,4 +1,4 @@
-"""AlphaPruning, ISC's steps, BESA and N:M per layer: exact means, hand-computed cases, the right direction."""
+"""AlphaPruning, ISC's steps and N:M per layer: exact means, hand-computed cases, the right direction."""
 
 import itertools
 
@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lissom.core import Both, LayerSummary, Problem, RecipeError, Sparse, Stack, Stats
+from lissom.core import LayerSummary, RecipeError
 from lissom.methods.allocate import METHODS
 from lissom.methods.allocate.alpha_pruning import AlphaPruning, alpha_pruning, hill, tail_exponent
-from lissom.methods.allocate.besa import BESA, besa, candidate_rates, summarise
-from lissom.methods.allocate.nm_layers import NMLayers, nm_layers, round_to_groups
+from lissom.methods.allocate.budget import round_to_groups
+from lissom.methods.allocate.nm_layers import NMLayers, nm_layers
 from lissom.methods.allocate.trace_steps import TraceSteps, trace_steps
 
 
@@ -98,46 +98,5 @@ def test_nm_layers_meets_the_target_and_follows_its_plan():
         n = 16 * (1 - budget.values[f"l{i}"])
         assert n == round(n) and abs(budget.values[f"l{i}"] - plan.values[f"l{i}"]) < 1 / 16
     assert set(nm_layers(rows, 0.75, NMLayers(m=8, plan="uniform")).values.values()) == {0.75}
-    with pytest.raises(RecipeError, match="choose a larger m"):
+    with pytest.raises(RecipeError, match="choose a larger M"):
         nm_layers(rows, 0.95, NMLayers(m=8))
-
-
-def besa_problem(scale):
-    g = torch.Generator().manual_seed(0)
-    X = torch.randn(300, 16, generator=g) @ torch.randn(16, 16, generator=g)
-    # the first layer has few large weights, so that it loses little
-    W = torch.randn(24, 16, generator=g)
-    W[:12] *= torch.where(torch.rand(12, 16, generator=g) < 0.25, 1.0, scale)
-    stack = Stack(((12, Both()), (12, Both())))
-    return Problem(W, Stats.of(X), stack, ("easy", "hard"))
-
-
-def test_besa_prunes_the_easy_layer_more_and_lowers_the_tabulated_error():
-    problem = besa_problem(0.02)
-    config = BESA()
-    values = summarise([problem], 0.6, config)
-    rows = [LayerSummary(n, 0, "up", 12, 16, v) for n, v in zip(problem.names, values, strict=True)]
-    with torch.no_grad():  # as the pipeline runs
-        budget = besa(rows, 0.6, config)
-    assert budget.mean(rows) == pytest.approx(0.6, abs=1e-9) and budget.values["easy"] > 0.65 > budget.values["hard"]
-
-    def total(s):
-        return sum(
-            np.interp(s[r.name], candidate_rates(0.6, config), [r.values[f"error {d}"] for d in range(9)]) for r in rows
-        )
-
-    assert total(budget.values) < total({"easy": 0.6, "hard": 0.6})
-    assert set(besa(rows, 0.6, BESA(spread=0)).values.values()) == {0.6}
-
-
-def test_besa_tabulates_the_error_of_wanda():
-    problem = besa_problem(1.0)
-    values = summarise([problem], 0.6, BESA(candidates=3, spread=0.1))
-    pruned = wanda_at(problem, 0.6)
-    for row, rows in zip(values, (slice(0, 12), slice(12, 24)), strict=True):
-        expected = problem.error(pruned)[rows].sum() / problem.error(torch.zeros_like(pruned))[rows].sum()
-        assert row["error 1"] == pytest.approx(float(expected), rel=1e-4)
-
-
-def wanda_at(problem, p):
-    return torch.where(Sparse(p, "row").select(problem.weight.abs() * problem.stats.norm), problem.weight, 0.0)

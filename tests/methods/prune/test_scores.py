@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lissom.core import NM, Problem, Sparse, Stats, damped
-from lissom.methods.prune.e_sparse import ESparse, channel_entropy, e_sparse, gaussian_entropy
+from lissom.core import NM, Problem, Sparse, Stats, damped, histogram_entropy
+from lissom.methods.prune.e_sparse import ESparse, e_sparse, gaussian_entropy
 from lissom.methods.prune.gblm import GBLM, gblm
 from lissom.methods.prune.isc import ISC, isc
 from lissom.methods.prune.obd import LOBD, OBD, l_obd, obd
@@ -51,19 +51,21 @@ def test_ria_ignores_the_scale_of_a_stacked_neighbour():
 
 def test_histogram_entropy_by_hand():
     X = torch.tensor([[0.0, 0.0], [0.1, 1.0], [9.9, 2.0], [10.0, 3.0]])
-    two_bins, flat = channel_entropy(X, 4).tolist()
+    two_bins, flat = histogram_entropy(lambda: [X[:1], X[1:]], 4).tolist()  # the range is that of all batches
     assert two_bins == pytest.approx(math.log(2)) and flat == pytest.approx(math.log(4))
 
 
 def test_the_gaussian_entropy_is_near_the_histogram_for_gaussian_inputs():
     X = torch.randn(20000, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([0.01, 1.0, 5.0, 100.0])
-    torch.testing.assert_close(gaussian_entropy(Stats.of(X), 100), channel_entropy(X, 100), rtol=0.03, atol=0.0)
+    torch.testing.assert_close(
+        gaussian_entropy(Stats.of(X), 100), histogram_entropy(lambda: [X], 100), rtol=0.03, atol=0.0
+    )
 
 
 def test_e_sparse_with_large_alpha_is_wanda_and_uses_a_given_entropy():
     problem, _ = make()
     assert torch.equal(e_sparse(problem, ESparse(alpha=1e9)).mask, wanda(problem, Wanda()).mask)
-    flat = dataclasses.replace(problem, extras={"entropy": torch.ones(16)})
+    flat = dataclasses.replace(problem, stats=dataclasses.replace(problem.stats, entropy=torch.ones(16)))
     assert torch.equal(e_sparse(flat, ESparse(alpha=0)).mask, Sparse(0.5).select(problem.weight.abs()))
 
 

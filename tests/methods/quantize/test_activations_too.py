@@ -169,9 +169,26 @@ def test_loud_key_channels_want_grids_per_channel() -> None:
         return float((y - x)[..., 4:].square().mean())
 
     assert quiet_error("channel") < quiet_error("token") / 5
-    scale, zero = kv_cache.calibrate_channels(x, 8)
+    scale, zero = kv_cache.calibrate_static(x, kv_cache.CacheGrid(8, "channel", static=True))
     assert scale.shape == (2, 1, 16)
     assert float((kv_cache.fake_cache_static(x, scale, zero, 8) - x)[..., 4:].abs().max()) < 0.05
+
+
+@pytest.mark.parametrize("per", ["token", "channel"])
+def test_static_cache_grids_against_a_loop(per: str) -> None:
+    x = torch.randn(2, 3, 20, 8)
+    grid = kv_cache.CacheGrid(4, per, 4, static=True)  # type: ignore[arg-type]
+    scale, zero = kv_cache.calibrate_static(x, grid)
+    for h in range(3):
+        for c in range(8):
+            seen = x[:, h, :, c // 4 * 4 : c // 4 * 4 + 4] if per == "token" else x[:, h, :, c]
+            step = float(((seen.max().clamp_min(0) - seen.min().clamp_max(0)) / 15).half())
+            assert float(scale[h, 0, c]) == pytest.approx(step)
+            assert float(zero[h, 0, c]) == round(-float(seen.min().clamp_max(0)) / step)
+    y = kv_cache.fake_cache_static(x, scale, zero, 4)
+    assert bool(((y - x).abs() <= scale * 0.51 + scale / 2 * 0.02 + scale * (x.abs() > 6.9 * scale)).all())
+    tight, _ = kv_cache.calibrate_static(x, grid, 90.0)
+    assert bool((tight <= scale).all()) and bool((tight < scale).any())
 
 
 def test_layer_distillation_lowers_the_error_of_a_layer() -> None:

@@ -52,22 +52,26 @@ def test_integer_caches_are_those_of_compressed_tensors(bits, seed, outlier):
     assert fake_integer(torch.zeros(2, 4), bits).eq(0).all()
 
 
-@pytest.mark.parametrize("calibrate", ["minmax", "absmax", "percentile", "mse", "entropy"])
+@pytest.mark.parametrize("calibrate", ["minmax", "absmax", "ema", "percentile", "mse", "entropy"])
 def test_static_scales(calibrate):
     x = sample(4000)
     x[7] = 60.0
-    scale = static_scale(x, Activations(per="tensor", calibrate=calibrate, percent=99.9))
+    tops = x.view(4, 1000).abs().amax(1)
+    scale = static_scale(x, tops, Activations(per="tensor", calibrate=calibrate, percent=99.9, momentum=0.5))
     full = 60 / 127.5
     assert scale == torch.tensor(scale).half().item()
     assert scale == pytest.approx(full, rel=1e-3) if calibrate in ("minmax", "absmax") else 0 < scale <= full * 1.01
     if calibrate == "percentile":
-        top = x.abs().kthvalue(round(0.999 * 4000)).values
+        top = x.abs().kthvalue(round(0.999 * 4001)).values
         assert scale == pytest.approx(float(top) / 127.5, rel=1e-3)
+    if calibrate == "ema":  # the first sample holds the outlier, and halves with each of the three after it
+        top = 60 / 8 + float(tops[1]) / 8 + float(tops[2]) / 4 + float(tops[3]) / 2
+        assert scale == pytest.approx(top / 127.5, rel=1e-3)
     error = (round_input(x, 8, scale) - x).abs()
     assert float(error[x.abs() < 127 * scale].max()) <= scale / 2 * 1.001
-    assert static_scale(torch.zeros(8), Activations(per="tensor")) == 1.0
+    assert static_scale(torch.zeros(8), torch.zeros(2), Activations(per="tensor")) == 1.0
     with pytest.raises(NumericalError, match="per: token"):
-        static_scale(torch.tensor([float("inf")]), Activations(per="tensor"))
+        static_scale(torch.zeros(1), torch.tensor([float("inf")]), Activations(per="tensor"))
 
 
 @pytest.mark.parametrize("recent", [0, 5])
@@ -100,10 +104,10 @@ def test_what_is_not_finite_is_named():
 
 
 def test_settings_are_checked():
-    for bad in ({"bits": 1}, {"bits": 9}, {"group_size": 0}, {"recent": -1}, {"key_bits": 12}):
+    for bad in ({"bits": 1}, {"bits": 9}, {"group_size": 0}, {"recent": -1}, {"key_bits": 12}, {"percent": 0.0}):
         with pytest.raises(ValueError):
             KVCache(**bad)
-    for bad in ({"bits": 1}, {"percent": 0.0}):
+    for bad in ({"bits": 1}, {"percent": 0.0}, {"momentum": 1.0}):
         with pytest.raises(ValueError):
             Activations(**bad)
     assert KVCache(key_bits=8).grids()[0].bits == 8 and KVCache(key_bits=8).grids()[1].bits == 4

@@ -33,19 +33,23 @@ Pool &shared_pool(int threads) {
 std::mutex pool_lock;
 
 const Ops *ops_named(const std::string &isa) {
-    const Ops *ops = isa.empty() ? best_ops() : isa == "portable" ? ops_portable() : isa == best_ops()->name ? best_ops() : nullptr;
-    if (!ops) throw nb::value_error(("instruction set '" + isa + "' is not available here").c_str());
-    return ops;
+    if (isa.empty()) return best_ops();
+    for (const Ops *ops : all_ops())
+        if (isa == ops->name) return ops;
+    throw nb::value_error(("instruction set '" + isa + "' is not available here").c_str());
 }
 
 } // namespace
-
-
 
 void bind_engine(nb::module_ &);
 
 NB_MODULE(_C, m) {
     m.def("isa", [] { return std::string(best_ops()->name); });
+    m.def("isas", [] {
+        std::vector<std::string> names;
+        for (const Ops *ops : all_ops()) names.push_back(ops->name);
+        return names;
+    });
 
     nb::class_<Matrix>(m, "Matrix")
         .def_static(
@@ -63,6 +67,13 @@ NB_MODULE(_C, m) {
             },
             nb::arg("kind"), nb::arg("values"), nb::arg("scale"), nb::arg("zero"), nb::arg("mask").none(), nb::arg("width"), nb::arg("G"), nb::arg("N"),
             nb::arg("spill"))
+        .def_static(
+            "round",
+            [](int bits, In<float, 2> weights, int G) {
+                nb::gil_scoped_release release;
+                return round(bits, (int)weights.shape(0), (int)weights.shape(1), weights.data(), G);
+            },
+            nb::arg("bits"), nb::arg("weights"), nb::arg("G"))
         // Over bytes that stay where they are (`data` is kept alive), as `parts` described them.
         .def_static(
             "borrow",

@@ -33,7 +33,7 @@ class Cache {
         bytes_ = unit_ * heads_ * blocks * layers + 64;
         data_.reset((uint8_t *)std::calloc(bytes_, 1));
         if (!data_) throw std::bad_alloc();
-        table_.assign(slots, {});
+        table_.assign(slots, {}), first_.assign(slots, 0);
         for (int b = blocks - 1; b >= 0; b--) free_.push_back(b);
     }
 
@@ -52,9 +52,15 @@ class Cache {
     }
     void release(int slot) {
         auto &t = table_.at(slot);
-        free_.insert(free_.end(), t.rbegin(), t.rend());
-        t.clear();
+        for (size_t i = t.size(); i-- > (size_t)first_[slot];) free_.push_back(t[i]);
+        t.clear(), first_[slot] = 0;
     }
+    // gives the blocks before `block` back; first(slot): the first one that is still there
+    void forget(int slot, int block) {
+        auto &t = table_.at(slot);
+        for (int &i = first_[slot]; i < block && i < (int)t.size(); i++) free_.push_back(t[i]);
+    }
+    int first(int slot) const { return first_.at(slot); }
 
     uint8_t *keys(int layer, int slot, int block, int head) { return at(layer, table_[slot][block], head); }
     // asks for a block before it is needed: the weights of a step have pushed it out to memory
@@ -125,6 +131,7 @@ class Cache {
     size_t bytes_ = 0;
     std::unique_ptr<uint8_t, Free> data_;
     std::vector<std::vector<int>> table_;
+    std::vector<int> first_; // of each slot: blocks before it were given back
     std::vector<int> free_;
 };
 

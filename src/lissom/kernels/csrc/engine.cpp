@@ -32,10 +32,23 @@ void Engine::Input::prepare(const std::vector<Layer> &layers, int tokens, int co
         if (tables[j]) sums[j].resize((size_t)tokens * columns * 8);
 }
 
-void Engine::Input::set(const Ops *ops, int token, const float *x) {
+void round_input(float *x, int n, const InputGrid &grid) {
+    float scale = grid.scale;
+    if (scale == 0) {
+        float top = 0;
+        for (int i = 0; i < n; i++) top = std::max(top, std::fabs(x[i]));
+        scale = top / ((float)((1 << grid.bits) - 1) / 2);
+        if (scale == 0) return;
+    }
+    const float half = (float)(1 << (grid.bits - 1));
+    for (int i = 0; i < n; i++) x[i] = std::nearbyint(std::min(std::max(x[i] / scale, -half), half - 1)) * scale;
+}
+
+void Engine::Input::set(const Ops *ops, int token, float *x, int columns, const InputGrid &grid) {
+    if (grid.bits) round_input(x, columns, grid);
     for (int j = 0; j < count; j++) {
         by[j].set(ops, token, x);
-        if (tables[j]) sign_sums(by[j].q.data() + (size_t)token * by[j].columns, by[j].columns, sums[j].data() + (size_t)token * by[j].columns * 8);
+        if (tables[j]) sign_sums(by[j].q.data() + token * by[j].stride, by[j].columns, sums[j].data() + (size_t)token * by[j].columns * 8);
     }
 }
 
@@ -104,7 +117,7 @@ void Engine::run(int thread, float *logits) {
         const Block &w = blocks[layer];
         for (int t = thread; t < n_; t += threads) { // a token stays with its thread from here to the next product
             ops_->rmsnorm(&x_[(size_t)t * m.width], w.norm1.data(), m.width, m.epsilon, tmp);
-            in_.set(ops_, t, tmp);
+            in_.set(ops_, t, tmp, m.width, w.grid[0]);
         }
         pool_.barrier();
         const int first[3] = {0, m.heads * m.head_dim, (m.heads + m.kv_heads) * m.head_dim};
@@ -122,7 +135,7 @@ void Engine::run(int thread, float *logits) {
         pool_.barrier();
         for (int t = thread; t < n_; t += threads) {
             attention_.merge(t, tmp);
-            o_in_.set(ops_, t, tmp);
+            o_in_.set(ops_, t, tmp, m.heads * m.head_dim, w.grid[1]);
         }
         pool_.barrier();
         const auto add = [&](const std::vector<float> &bias) {
@@ -135,7 +148,7 @@ void Engine::run(int thread, float *logits) {
         pool_.barrier();
         for (int t = thread; t < n_; t += threads) {
             ops_->rmsnorm(&x_[(size_t)t * m.width], w.norm2.data(), m.width, m.epsilon, tmp);
-            in_.set(ops_, t, tmp);
+            in_.set(ops_, t, tmp, m.width, w.grid[2]);
         }
         pool_.barrier();
         float *up = strip2_[thread].data();
@@ -145,7 +158,7 @@ void Engine::run(int thread, float *logits) {
             for (int t = 0; t < n_; t++) std::memcpy(&inner_[(size_t)t * m.inner + r], gate + t * ROWS, rows * sizeof(float));
         });
         pool_.barrier();
-        for (int t = thread; t < n_; t += threads) down_in_.set(ops_, t, &inner_[(size_t)t * m.inner]);
+        for (int t = thread; t < n_; t += threads) down_in_.set(ops_, t, &inner_[(size_t)t * m.inner], m.inner, w.grid[3]);
         pool_.barrier();
         const std::vector<float> none;
         multiply(ticket[4], &w.down, 1, down_in_, n_, thread, add(none));
@@ -154,7 +167,7 @@ void Engine::run(int thread, float *logits) {
     const int wanted = (int)wanted_.size();
     for (int i = thread; i < wanted; i += threads) {
         ops_->rmsnorm(&x_[(size_t)wanted_[i] * m.width], norm.data(), m.width, m.epsilon, tmp);
-        head_in_.set(ops_, i, tmp);
+        head_in_.set(ops_, i, tmp, m.width);
     }
     pool_.barrier();
     const Layer last{head};
@@ -163,9 +176,22 @@ void Engine::run(int thread, float *logits) {
     });
 }
 
+// Gives back the blocks that no later token can see. RETURN positions are kept for drafts that turn out wrong.
+void Engine::slide(const int *slots, const int *positions, int n) {
+    for (int t = 0; t < n; t++) {
+        if (t && slots[t] == slots[t - 1] && positions[t] > positions[t - 1]) continue; // the first of a run has the lowest
+        const int oldest = std::max(0, positions[t] - spec_.window + 1);
+        if (cache.first(slots[t]) > oldest / POSITIONS) throw std::invalid_argument("a position that the sliding window left behind");
+        bool lowest = true; // of its slot in this step
+        for (int i = 0; i < n; i++) lowest &= slots[i] != slots[t] || positions[i] >= positions[t];
+        if (lowest) cache.forget(slots[t], std::max(0, oldest - RETURN) / POSITIONS);
+    }
+}
+
 void Engine::step(const int *tokens, const int *slots, const int *positions, const uint8_t *want, int n, float *logits) {
     const Spec &m = spec_;
     tokens_ = tokens, slots_ = slots, positions_ = positions, n_ = n;
+    if (m.window > 0) slide(slots, positions, n);
     for (int t = 0; t < n; t++) cache.reserve(slots[t], positions[t]);
     attention_.plan(slots, positions, n, cache);
     wanted_.clear();

@@ -10,6 +10,8 @@
 
 namespace lissom {
 
+constexpr int RETURN = 64; // positions that stay in the cache behind a sliding window
+
 struct Spec {
     int layers = 0, width = 0, heads = 0, kv_heads = 0, head_dim = 0, inner = 0, vocabulary = 0;
     int rotary = 0;  // rotated dimensions of a head
@@ -18,11 +20,20 @@ struct Spec {
     int blocks = 0, slots = 0, cache_bits = 16;
 };
 
+// Inputs that are rounded to codes of `bits` before a product, because the checkpoint says so; 0: not.
+struct InputGrid {
+    int bits = 0;
+    float scale = 0; // 0: from the largest magnitude of the token
+};
+// x (n) of one token to the nearest of the codes -2^(b-1) ... 2^(b-1) - 1 and back, as methods/quantize/activations.py defines it.
+void round_input(float *x, int n, const InputGrid &grid);
+
 struct Block {
     std::vector<float> norm1, norm2, q_norm, k_norm; // q_norm, k_norm: (head_dim) or empty
     std::vector<float> bias;                         // of q, k, v rows, or empty
     std::vector<float> o_bias;
     Layer qkv[3], o, gate, up, down;
+    InputGrid grid[4]; // of the inputs of qkv, o, gate and up, down
 };
 
 class Engine {
@@ -48,7 +59,8 @@ class Engine {
         std::vector<int8_t> sums[3];    // their sign_sums, for each token
         int count = 0;
         void prepare(const std::vector<Layer> &layers, int tokens, int columns);
-        void set(const Ops *ops, int token, const float *x);
+        // x (columns) of one token, which is changed where there is a grid
+        void set(const Ops *ops, int token, float *x, int columns, const InputGrid &grid = {});
         int at(int G) const;
         // out (tokens, 16) = strip `s` of the layer times all tokens
         void strip(const Ops *ops, const Layer &layer, int s, int tokens, float *out) const;
@@ -58,6 +70,7 @@ class Engine {
     void heads_of(int layer, int token, int head);
     void attend(int layer, int thread);
     void run(int thread, float *logits);
+    void slide(const int *slots, const int *positions, int n);
 
     Spec spec_;
     Pool pool_;

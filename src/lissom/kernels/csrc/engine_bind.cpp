@@ -96,6 +96,15 @@ void bind_engine(nb::module_ &m) {
                  b.q_norm = sized(q_norm, s.head_dim, "q_norm"), b.k_norm = sized(k_norm, s.head_dim, "k_norm");
                  b.bias = sized(bias, queries + 2 * keys, "bias"), b.o_bias = sized(o_bias, s.width, "o_bias");
              })
+        // Grids of the inputs of qkv, o, gate and up, down of block i: bits (0: none) and scales (0: of each token).
+        .def("set_grids",
+             [](Engine &e, int i, std::vector<int> bits, std::vector<float> scales) {
+                 if (bits.size() != 4 || scales.size() != 4) throw nb::value_error("four grids, one for each stage");
+                 for (int j = 0; j < 4; j++) {
+                     if (bits[j] && (bits[j] < 2 || bits[j] > 8 || !(scales[j] >= 0))) throw nb::value_error("a grid has 2 to 8 bits and a scale");
+                     e.blocks.at(i).grid[j] = {bits[j], scales[j]};
+                 }
+             })
         .def("step",
              [](Engine &e, In<int, 1> tokens, In<int, 1> slots, In<int, 1> positions, In<uint8_t, 1> want, Out<float, 2> logits) {
                  const size_t n = tokens.shape(0);
@@ -147,6 +156,7 @@ void bind_engine(nb::module_ &m) {
         for (int i = 0; i < attention.tasks(); i++) attention.run(best_ops(), cache, 0, i, q.data(), heads * dim);
         for (int t = 0; t < n; t++) attention.merge(t, out.data() + (size_t)t * heads * dim);
     });
+    m.def("round_input", [](Out<float, 1> x, int bits, float scale) { round_input(x.data(), (int)x.shape(0), {bits, scale}); });
     nb::class_<Sampling>(m, "Sampling")
         .def("__init__", [](Sampling *self, float temperature, int top_k, float top_p, float min_p, float repetition_penalty) {
             new (self) Sampling{temperature, top_p, min_p, repetition_penalty, top_k};

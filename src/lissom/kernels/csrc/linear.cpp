@@ -2,20 +2,51 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <string>
+
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
 namespace lissom {
 
-const Ops *best_ops() {
-    static const Ops *best = [] {
-        const char *wish = std::getenv("LISSOM_ISA");
-        if (wish && std::strcmp(wish, "portable") == 0) return ops_portable();
+const std::vector<const Ops *> &all_ops() {
+    static const std::vector<const Ops *> all = [] {
+        std::vector<const Ops *> out;
+        const auto add = [&](bool has, const Ops *ops) {
+            if (has && ops) out.push_back(ops);
+        };
 #if defined(__x86_64__)
-        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") && ops_avx2())
-            return ops_avx2();
+        const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+        const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+        add(avx512, ops_avx512());
+        add(avx2, ops_avx2());
+#elif defined(__aarch64__)
+#if defined(__linux__)
+        const bool dot = getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#else
+        const bool dot = true; // every Apple processor with this instruction set in 64 bits since 2019
 #endif
-        return ops_portable();
+        add(dot, ops_neon_dot());
+        add(true, ops_neon());
+#endif
+        add(true, ops_portable());
+        return out;
     }();
-    return best;
+    return all;
+}
+
+const Ops *best_ops() {
+    const char *wish = std::getenv("LISSOM_ISA");
+    if (!wish || !*wish) return all_ops().front();
+    std::string names;
+    for (const Ops *ops : all_ops()) {
+        if (std::strcmp(wish, ops->name) == 0) return ops;
+        names += (names.empty() ? "" : ", ") + std::string(ops->name);
+    }
+    throw std::invalid_argument("LISSOM_ISA is " + std::string(wish) + ": this processor and this build have " + names);
 }
 
 void linear(const Ops *ops, Pool &pool, const View &v, const float *x, int tokens, float *y) {
@@ -99,7 +130,7 @@ void linear_bcq(const Ops *ops, Pool &pool, const Bcq &m, const float *x, int to
     pool.run([&](int thread) {
         for (int t = thread; t < tokens; t += pool.threads()) {
             a.set(ops, t, x + (size_t)t * m.columns);
-            sign_sums(a.q.data() + (size_t)t * m.columns, m.columns, table.data() + t * table_bytes);
+            sign_sums(a.q.data() + t * a.stride, m.columns, table.data() + t * table_bytes);
         }
         pool.barrier();
         const Acts acts = a.acts();

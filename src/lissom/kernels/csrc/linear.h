@@ -7,22 +7,29 @@
 
 namespace lissom {
 
+// The instruction sets that this processor and this build have, the best first; the last is "portable".
+const std::vector<const Ops *> &all_ops();
+// The first of them, or the one that LISSOM_ISA names. Throws std::invalid_argument when there is none of that name.
+const Ops *best_ops();
+
 // Quantized activations of some tokens, for one tile width.
 struct Quantized {
     int G = 0, columns = 0, tiles = 0;
+    int64_t stride = 0; // bytes of a token: an odd number of cache lines, so that tokens do not share the same few places of a cache
     std::vector<int8_t> q;
     std::vector<float> scale, sum;
 
     void reserve(int tokens, int width, int tile) {
         G = tile, columns = width, tiles = (width + tile - 1) / tile;
-        q.resize((size_t)tokens * tiles * G + 64);
+        stride = ((tiles * G + 63) / 64 | 1) * 64;
+        q.resize((size_t)(tokens * stride) + 64);
         scale.resize((size_t)tokens * tiles), sum.resize((size_t)tokens * tiles);
     }
     void set(const Ops *ops, int token, const float *x) {
         const size_t at = (size_t)token * tiles;
-        ops->quantize(x, columns, G, q.data() + at * G, scale.data() + at, sum.data() + at);
+        ops->quantize(x, columns, G, q.data() + token * stride, scale.data() + at, sum.data() + at);
     }
-    Acts acts() const { return {q.data(), scale.data(), sum.data(), (int64_t)tiles * G, tiles}; }
+    Acts acts() const { return {q.data(), scale.data(), sum.data(), stride, tiles}; }
 };
 
 // x (tokens, columns) fp32, y (tokens, rows) fp32

@@ -112,6 +112,14 @@ View shape(Kind kind, int rows, int columns, int G, int N, int zeros, int zero, 
 
 } // namespace
 
+void Matrix::allocate(size_t size) {
+    bytes = size;
+    const size_t room = (size + SLACK + 63) / 64 * 64;
+    data.reset((uint8_t *)std::aligned_alloc(64, room));
+    if (!data) throw std::bad_alloc();
+    std::memset(data.get(), 0, room);
+}
+
 std::unique_ptr<Matrix> borrow(Kind kind, int rows, int columns, int G, int N, int zeros, int zero, bool spill,
                                const uint8_t *data, size_t size) {
     auto m = std::make_unique<Matrix>();
@@ -204,12 +212,8 @@ std::unique_ptr<Matrix> pack(Kind kind, int rows, int columns, int width, const 
             if (spill) spills[(size_t)s * v.tiles + t] = std::move(list);
         }
 
-    m->bytes = dense.size() + (spill ? 2 * (spills.size() + m->spilled) : 0);
-    const size_t room = (m->bytes + SLACK + 63) / 64 * 64;
-    m->data.reset((uint8_t *)std::aligned_alloc(64, room));
-    if (!m->data) throw std::bad_alloc();
+    m->allocate(dense.size() + (spill ? 2 * (spills.size() + m->spilled) : 0));
     uint8_t *out = m->data.get();
-    std::memset(out + m->bytes, 0, room - m->bytes);
     m->offset.resize(v.strips + 1);
     for (int s = 0; s < v.strips; s++) {
         m->offset[s] = (uint64_t)(out - m->data.get());
@@ -224,6 +228,48 @@ std::unique_ptr<Matrix> pack(Kind kind, int rows, int columns, int width, const 
     }
     m->offset[v.strips] = (uint64_t)(out - m->data.get());
     v.data = m->data.get(), v.offset = m->offset.data();
+    return m;
+}
+
+std::unique_ptr<Matrix> round(int bits, int rows, int columns, const float *weights, int G) {
+    const int middle = 1 << (bits - 1), top = middle - 1;
+    const Kind kind = bits == 8 ? D8 : D6;
+    if ((bits != 6 && bits != 8) || columns % G) throw std::invalid_argument("8 or 6 bits and whole tiles only");
+    auto m = std::make_unique<Matrix>();
+    m->view = shape(kind, rows, columns, G, 0, 0, middle, false);
+    View &v = m->view;
+    m->allocate((size_t)v.strips * v.tiles * v.tile_bytes);
+    m->offset.resize((size_t)v.strips + 1);
+    for (int s = 0; s <= v.strips; s++) m->offset[s] = (uint64_t)s * v.tiles * v.tile_bytes;
+    v.data = m->data.get(), v.offset = m->offset.data();
+    Raw raw;
+    raw.code.assign((size_t)ROWS * G, (uint8_t)middle);
+    for (int s = 0; s < v.strips; s++)
+        for (int t = 0; t < v.tiles; t++) {
+            uint8_t *tile = m->data.get() + m->offset[s] + (size_t)t * v.tile_bytes;
+            for (int r = 0; r < ROWS && s * ROWS + r < rows; r++) {
+                const float *w = weights + (size_t)(s * ROWS + r) * columns + (size_t)t * G;
+                int32_t bits_of_most = 0; // magnitudes order like their bits, Inf and NaN above all
+                for (int c = 0; c < G; c++) {
+                    int32_t x;
+                    std::memcpy(&x, w + c, 4);
+                    bits_of_most = std::max(bits_of_most, x & 0x7fffffff);
+                }
+                float most;
+                std::memcpy(&most, &bits_of_most, 4);
+                const uint16_t half = float_to_half(most / (float)top);
+                const float scale = half_to_float(half), inverse = scale > 0 ? 1 / scale : 0.0f;
+                if (!(scale <= 65504.0f)) throw std::invalid_argument("weights are not finite or too large for half-precision scales");
+                std::memcpy(tile + 2 * r, &half, 2);
+                for (int c = 0; c < G; c++) { // to the nearest, ties to even
+                    const float y = (w[c] * inverse + 12582912.0f) - 12582912.0f;
+                    raw.code[(size_t)r * G + c] = (uint8_t)(middle + (int)std::min(std::max(y, (float)-top), (float)top));
+                }
+            }
+            if (s == v.strips - 1)
+                for (int r = rows - s * ROWS; r < ROWS; r++) std::fill_n(raw.code.begin() + (size_t)r * G, G, (uint8_t)middle);
+            put_dense(kind, G, raw, tile + 32);
+        }
     return m;
 }
 

@@ -21,12 +21,17 @@ struct Matrix {
     std::vector<uint64_t> offset;
     size_t bytes = 0;
     size_t spilled = 0; // entries on the spill list
+    void allocate(size_t size); // zeros, for `size` bytes and SLACK
 };
 
 // values (rows, columns) u8, scale and zero (rows, groups) for groups of `width` columns, the last may be
 // shorter; mask (rows, columns) or null, 0 = weight is zero. G divides `width` or there is one group. N counts slots (NM4: even, NM8: a multiple of 4).
 std::unique_ptr<Matrix> pack(Kind kind, int rows, int columns, int width, const uint8_t *values, const float *scale,
                              const float *zero, const uint8_t *mask, int G, int N, bool spill);
+
+// Rounds weights (rows, columns) to symmetric codes of 8 or 6 bits with a scale for each G columns, which divides `columns`.
+// Throws when a weight is not finite or the scales do not fit half precision.
+std::unique_ptr<Matrix> round(int bits, int rows, int columns, const float *weights, int G);
 
 // A matrix over packed bytes that stay where they are, as in a mapped file. `size`: readable bytes, SLACK included. Throws
 // when the bytes cannot be such a matrix.

@@ -7,6 +7,13 @@
 #include <immintrin.h>
 #define LISSOM_AVX2 1
 #endif
+#if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__) && defined(__AVX512VBMI__) && defined(LISSOM_AVX2)
+#define LISSOM_AVX512 1
+#endif
+#if defined(__aarch64__) && defined(__ARM_NEON)
+#include <arm_neon.h>
+#define LISSOM_NEON 1
+#endif
 
 namespace lissom {
 namespace {
@@ -93,56 +100,97 @@ void quantize(const float *x, int columns, int G, int8_t *q, float *scale, float
 
 #ifdef LISSOM_AVX2
 inline __m256 load8(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
-inline __m256 load8(const int8_t *p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p))); }
+#endif
+// 32 columns of `block16` and `block8` as WIDE vectors, and how many rows of them the registers hold.
+#if defined(LISSOM_AVX512)
+using Wide = __m512;
+constexpr int LANES = 16, MOST = 6;
+inline Wide wide(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+inline Wide wide(const int8_t *p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p))); }
+inline Wide wide(const float *p) { return _mm512_loadu_ps(p); }
+inline void store(float *p, Wide v) { _mm512_storeu_ps(p, v); }
+inline Wide multiply_add(float a, Wide b, Wide c) { return _mm512_fmadd_ps(_mm512_set1_ps(a), b, c); }
+#elif defined(LISSOM_AVX2)
+using Wide = __m256;
+constexpr int LANES = 8, MOST = 3;
+inline Wide wide(const uint16_t *p) { return load8(p); }
+inline Wide wide(const int8_t *p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p))); }
+inline Wide wide(const float *p) { return _mm256_loadu_ps(p); }
+inline void store(float *p, Wide v) { _mm256_storeu_ps(p, v); }
+inline Wide multiply_add(float a, Wide b, Wide c) { return _mm256_fmadd_ps(_mm256_set1_ps(a), b, c); }
+#elif defined(LISSOM_NEON)
+using Wide = float32x4_t;
+constexpr int LANES = 4, MOST = 2;
+inline Wide wide(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+inline Wide wide(const int8_t *p) {
+    int32_t four;
+    __builtin_memcpy(&four, p, 4);
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8((uint32_t)four)))));
+}
+inline Wide wide(const float *p) { return vld1q_f32(p); }
+inline void store(float *p, Wide v) { vst1q_f32(p, v); }
+inline Wide multiply_add(float a, Wide b, Wide c) { return vfmaq_n_f32(c, b, a); }
+#else
+struct Wide {
+    float x;
+};
+constexpr int LANES = 1, MOST = 1;
+inline Wide wide(const uint16_t *p) { return {half_to_float(*p)}; }
+inline Wide wide(const int8_t *p) { return {(float)*p}; }
+inline Wide wide(const float *p) { return {*p}; }
+inline void store(float *p, Wide v) { *p = v.x; }
+inline Wide multiply_add(float a, Wide b, Wide c) { return {c.x + a * b.x}; }
+#endif
 
+// R rows; a row's sums do not depend on how many rows are taken together.
 template <int R, class B> void block_rows(int k, const float *a, int64_t lda, const B *b, int64_t ldb, float *c, int64_t ldc, bool add) {
-    __m256 acc[R][4];
+    constexpr int V = 32 / LANES;
+    Wide acc[R][V];
+    const float none[32] = {};
     for (int r = 0; r < R; r++)
-        for (int j = 0; j < 4; j++) acc[r][j] = add ? _mm256_loadu_ps(c + r * ldc + 8 * j) : _mm256_setzero_ps();
+        for (int j = 0; j < V; j++) acc[r][j] = wide(add ? c + r * ldc + LANES * j : none);
     for (int i = 0; i < k; i++)
-        for (int j = 0; j < 4; j++) {
-            const __m256 v = load8(b + i * ldb + 8 * j);
-            for (int r = 0; r < R; r++) acc[r][j] = _mm256_fmadd_ps(_mm256_broadcast_ss(a + r * lda + i), v, acc[r][j]);
+#pragma GCC unroll 8
+        for (int j = 0; j < V; j++) {
+            const Wide v = wide(b + i * ldb + LANES * j);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) acc[r][j] = multiply_add(a[r * lda + i], v, acc[r][j]);
         }
     for (int r = 0; r < R; r++)
-        for (int j = 0; j < 4; j++) _mm256_storeu_ps(c + r * ldc + 8 * j, acc[r][j]);
+        for (int j = 0; j < V; j++) store(c + r * ldc + LANES * j, acc[r][j]);
 }
 
 template <class B> void block(int r, int k, const float *a, int64_t lda, const B *b, int64_t ldb, float *c, int64_t ldc, bool add) {
-    for (; r >= 3; r -= 3, a += 3 * lda, c += 3 * ldc) block_rows<3>(k, a, lda, b, ldb, c, ldc, add);
-    if (r == 2) block_rows<2>(k, a, lda, b, ldb, c, ldc, add);
-    if (r == 1) block_rows<1>(k, a, lda, b, ldb, c, ldc, add);
+    for (; r >= MOST; r -= MOST, a += MOST * lda, c += MOST * ldc) block_rows<MOST>(k, a, lda, b, ldb, c, ldc, add);
+    if (MOST > 4 && r >= 4) block_rows<4>(k, a, lda, b, ldb, c, ldc, add), r -= 4, a += 4 * lda, c += 4 * ldc;
+    if (MOST > 2 && r >= 2) block_rows<2>(k, a, lda, b, ldb, c, ldc, add), r -= 2, a += 2 * lda, c += 2 * ldc;
+    if (MOST > 1 && r) block_rows<1>(k, a, lda, b, ldb, c, ldc, add);
 }
-#else
-inline float load1(const uint16_t *p) { return half_to_float(*p); }
-inline float load1(const int8_t *p) { return (float)*p; }
-
-template <class B> void block(int rows, int k, const float *a, int64_t lda, const B *b, int64_t ldb, float *c, int64_t ldc, bool add) {
-    if (!add)
-        for (int r = 0; r < rows; r++)
-            for (int j = 0; j < 32; j++) c[r * ldc + j] = 0;
-    for (int i = 0; i < k; i++) {
-        float row[32];
-        for (int j = 0; j < 32; j++) row[j] = load1(b + i * ldb + j);
-        for (int r = 0; r < rows; r++)
-            for (int j = 0; j < 32; j++) c[r * ldc + j] += a[r * lda + i] * row[j];
-    }
-}
-#endif
 
 } // namespace
 } // namespace lissom
 
-#ifdef LISSOM_AVX2
+#if defined(LISSOM_AVX512)
+#include "strip_avx512.h"
+#elif defined(LISSOM_AVX2)
 #include "strip_avx2.h"
+#elif defined(LISSOM_NEON)
+#include "strip_neon.h"
 #else
 #include "strip_portable.h"
 #endif
+#ifdef LISSOM_AVX2
+#include "bcq_avx2.h"
+#else
+#include "bcq_portable.h"
+#endif
 
 namespace lissom {
+// null where the compiler has not what the table is named for
 const Ops *LISSOM_OPS() {
-#if defined(LISSOM_WANT_AVX2) && !defined(LISSOM_AVX2)
-    return nullptr; // the compiler has no AVX2 for this target
+#if (defined(LISSOM_WANT_AVX2) && !defined(LISSOM_AVX2)) || (defined(LISSOM_WANT_AVX512) && !defined(LISSOM_AVX512)) || \
+    (defined(LISSOM_WANT_NEON) && !defined(LISSOM_NEON))
+    return nullptr;
 #else
     static const Ops table = {LISSOM_OPS_NAME, strip, quantize, block<uint16_t>, block<int8_t>, nibbles, exps, rmsnorm, silu_mul, bcq_strip};
     return &table;

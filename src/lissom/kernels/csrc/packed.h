@@ -45,10 +45,10 @@ struct View { // what a kernel sees of a packed matrix
 };
 
 struct Acts { // int8 activations with one scale for each group of G columns
-    const int8_t *q;    // (tokens, tiles * G), zero padded
+    const int8_t *q;    // (tokens, stride): tiles * G each, zero padded
     const float *scale; // (tokens, tiles)
     const float *sum;   // (tokens, tiles): sum of q over the group
-    int64_t stride;     // tiles * G
+    int64_t stride;     // at least tiles * G
     int64_t tiles;
 };
 
@@ -67,13 +67,16 @@ struct Ops { // one table for each instruction set
     float (*exps)(float *p, int n, float shift);
     void (*rmsnorm)(const float *x, const float *gain, int n, float eps, float *out);
     void (*silu_mul)(float *gate, const float *up, int n); // gate = silu(gate) * up
-    // strip of binary-coded weights, see bcq.h
+    // strip of binary-coded weights, see linear.h
     void (*bcq)(const uint8_t *strip, int tiles, int G, int bits, const int8_t *table, const Acts &, int t, float *out);
 };
 
+// Null when the compiler or the target has none.
 const Ops *ops_portable();
-const Ops *ops_avx2();  // null when the compiler or target has none
-const Ops *best_ops();  // by the features of this CPU; LISSOM_ISA=portable overrides
+const Ops *ops_avx2();
+const Ops *ops_avx512();
+const Ops *ops_neon();
+const Ops *ops_neon_dot();
 
 static inline int payload_bytes(Kind kind, int G, int N) {
     switch (kind) {

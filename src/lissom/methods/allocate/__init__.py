@@ -6,9 +6,11 @@ from . import atp as _atp
 from . import besa as _besa
 from . import bits as _bits
 from . import equal_marginal as _marginal
+from . import global_threshold as _global
 from . import loss_clusters as _clusters
 from . import nm_layers as _nm
 from . import owl as _owl
+from . import predictor_search as _predictor
 from . import trace_steps as _trace
 from .uniform import Uniform, uniform
 
@@ -35,6 +37,10 @@ METHODS = {
             summarise=_marginal.summarise,
         ),
         Method(
+            "global-threshold", "allocate", "allocation", "one threshold over the scores of all layers", "arXiv 1506.02626",
+            _global.GlobalThreshold, _global.global_threshold, needs=frozenset({"score"}), summarise=_global.summarise,
+        ),
+        Method(
             "bits", "allocate", "allocation", "2, 3, 4 or 8 bits by each layer's loss-per-bit curve", "arXiv 1909.05840",
             _bits.Bits, _bits.bits, needs=frozenset({"gram"}), summarise=_bits.summarise,
         ),
@@ -47,8 +53,12 @@ METHODS = {
             _trace.TraceSteps, _trace.trace_steps, needs=frozenset({"inputs"}), summarise=_trace.summarise,
         ),
         Method(
-            "besa", "allocate", "allocation", "rates learned by block through a mixture", "arXiv 2402.16880",
-            _besa.BESA, _besa.besa, needs=frozenset({"gram"}), summarise=_besa.summarise,
+            "besa", "allocate", "allocation", "rates learned by gradients through each block", "arXiv 2402.16880",
+            _besa.BESA, _besa.besa, needs=frozenset({"blocks"}), learn=_besa.learn,
+        ),
+        Method(
+            "predictor-search", "allocate", "allocation", "measured plans teach trees which plans to try", "arXiv 2309.09507",
+            _predictor.PredictorSearch, _predictor.predictor_search, needs=frozenset({"trials"}),
         ),
         Method(
             "nm-layers", "allocate", "allocation", "another plan rounded to N of M per layer", "largest remainder",

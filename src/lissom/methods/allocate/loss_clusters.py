@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.stats import norm
+from scipy.special import ndtr  # scipy.stats takes a second to import
 
 from ...core import Budget, LayerSummary, Problem
 from .budget import bounds, chosen, meet
@@ -89,7 +89,7 @@ def equal_marginal_sparsity(loss: Sequence[float], sizes: Sequence[int], target:
     e, n = np.asarray(loss, float), np.asarray(sizes, float)
 
     def sparsity(log_lambda: float) -> np.ndarray:
-        return 2 * norm.cdf(np.sqrt(np.exp(log_lambda) / e)) - 1
+        return 2 * ndtr(np.sqrt(np.exp(log_lambda) / e)) - 1
 
     a, b = np.log(e.min()) - 40, np.log(e.max()) + 40
     for _ in range(200):

@@ -3,7 +3,7 @@
     minimise ½ tr((Ŵ − W) H (Ŵ − W)ᵀ)   subject to Ŵ ∈ pattern
     split into B, smooth, and D, with zeros; U = V/ρ the multiplier:
 
-    B ← (W H + ρ (D − U))(H + ρ I)⁻¹        D ← keep the largest |B̂ + U|, B̂ = αB + (1−α)D        U ← U + B̂ − D
+    B ← (W H + ρ (D − U))(H + ρ I)⁻¹        D ← keep the largest (B̂ + U)², B̂ = αB + (1−α)D        U ← U + B̂ − D
     at the end: conjugate gradients on the support of D (:mod:`.least_squares`)
 
 H is damped and scaled to unit diagonal (W takes the inverse scale), so that one ρ suits all inputs. ρ rises by 1.7, 1.5 or
@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...core import Both, Fixed, NumericalError, Problem, Solved, Stack, damped
+from ...core import Fixed, NumericalError, Problem, Solved, Stack, damped
 from .least_squares import Refit, on_support
 
 
@@ -68,13 +68,13 @@ def admm(H: Tensor, W: Tensor, pattern: Stack, config: ALPS) -> tuple[Tensor, Te
     D, U = W.clone(), torch.zeros_like(W)
     moved, y = torch.empty_like(W), torch.empty_like(W)  # fresh memory for every large result costs as much as the sums
     P = shrinkage(H, rho)
-    support = before = pattern.select(W.abs())
+    support = before = pattern.select(W.square())
     kept = max(1, int(before.count_nonzero()))
     done = 0
     for done in range(1, config.iterations + 1):
         torch.sub(D, U, out=y).sub_(W)
         torch.lerp(D, W, alpha, out=moved).add_(U).addmm_(y, P, alpha=alpha)  # B̂ + U
-        support = pattern.select(torch.abs(moved, out=y))
+        support = pattern.select(torch.mul(moved, moved, out=y))  # squares: a unit's distance to zero
         torch.mul(moved, support, out=D)
         torch.sub(moved, D, out=U)
         if done % config.interval == 0:
@@ -91,7 +91,7 @@ def admm(H: Tensor, W: Tensor, pattern: Stack, config: ALPS) -> tuple[Tensor, Te
 
 def alps(problem: Problem, config: ALPS) -> Solved:
     """ADMM for the support (unless it is fixed already), then the best weights on it."""
-    pattern = Stack(tuple((rows, Both(part.pattern)) for rows, part in problem.constraint.parts))
+    pattern = Stack(tuple((rows, replace(part, grid=None)) for rows, part in problem.constraint.parts))
     H, dead = damped(problem.stats.hessian, config.damping)
     scale = H.diagonal().sqrt()
     W = torch.where(dead, 0.0, problem.weight)

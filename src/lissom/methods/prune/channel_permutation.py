@@ -18,33 +18,44 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ...core import Stats
+from .e_sparse import ESparse, channel_weight
 from .permute import assign, retained, swap, zigzag
 from .ria import ria_score
 
 
 @dataclass(frozen=True)
 class ChannelPermutation:
-    """``pattern``: the N:M of the step that prunes. ``search``: ``zigzag``, ``assign`` (RIA) or ``swap`` (E-Sparse: zig-zag, then
-    swaps within ``block`` channels, with ``seed``). ``rounds`` of assignment. ``power``: of the input norm in RIA's score.
+    """``pattern``: an N:M, or ``auto``, that of the first step that prunes; where its N is free (``n:16``), the N of its sparsity.
+    ``search``: ``zigzag``, ``assign`` (RIA) or ``swap`` (E-Sparse: zig-zag, then
+    swaps within ``block`` channels, with ``seed``). ``rounds`` of assignment. ``score`` that is to be retained: ``ria`` with ``power`` of
+    the input norm, or ``e-sparse`` with ``alpha`` and ``bins``.
     """
 
-    pattern: str = "2:4"
+    pattern: str = "auto"
     search: Literal["zigzag", "assign", "swap"] = "assign"
     rounds: int = 1
     block: int = 256
+    score: Literal["ria", "e-sparse"] = "ria"
     power: float = 0.5
+    alpha: float = 1.0
+    bins: int = 100
     seed: int = 0
 
 
 def channel_permutation(
-    weight: Tensor, norm: Tensor, columns: Tensor, segments: int, n: int, m: int, config: ChannelPermutation
+    weight: Tensor, stats: Stats, columns: Tensor, segments: int, n: int, m: int, config: ChannelPermutation
 ) -> tuple[Tensor, float, float]:
     """Order (channels,), and the share of the score that N:M retains before and after.
 
-    ``weight: (out, in)`` reads the channels, ``norm: (in,)`` of its inputs; ``columns: (channels, k)``: which inputs belong to
+    ``weight: (out, in)`` reads the channels, ``stats`` of its inputs; ``columns: (channels, k)``: which inputs belong to
     each channel. The channels are ``segments`` equal runs, and none leaves its own.
     """
-    score = ria_score(weight, norm, config.power)[:, columns].permute(0, 2, 1).flatten(0, 1)  # (out·k, channels)
+    if config.score == "ria":
+        score = ria_score(weight, stats.norm, config.power)
+    else:
+        score = weight.abs() * channel_weight(stats, ESparse(config.alpha, config.bins))
+    score = score[:, columns].permute(0, 2, 1).flatten(0, 1)  # (out·k, channels)
     orders, before, after = [], 0.0, 0.0
     for number, part in enumerate(score.chunk(segments, 1)):
         if config.search == "assign":

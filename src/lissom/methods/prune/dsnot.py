@@ -45,15 +45,16 @@ def group_of(mask: Tensor) -> int | None:
 
 
 def exchange(
-    W: Tensor, mask: Tensor, mean: Tensor, variance: Tensor, norm: Tensor, m: int | None, config: DSnoT
-) -> Tensor:
-    """The repaired mask of one layer."""
+    W: Tensor, mask: Tensor, mean: Tensor, variance: Tensor, norm: Tensor, m: int | None, config: DSnoT,
+    within: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The repaired mask of one layer; ``within``: weights that may be kept."""
     mask = mask.clone()
     pull = W * mean  # removing c adds this to r
     r = torch.where(mask, 0.0, pull).sum(1)
     grow_score = pull / variance.clamp_min(1e-12).pow(config.power)
     prune_score = W.abs() * norm
-    movable = torch.ones_like(mask)
+    movable = torch.ones_like(mask) if within is None else within.clone()
     each = torch.arange(len(W))
     active = r.abs() > config.tolerance
     for _ in range(config.cycles):
@@ -95,7 +96,7 @@ def dsnot(problem: Problem, config: DSnoT) -> Solved:
             out.append(mask[rows])
             continue
         m = part.pattern.m if isinstance(part.pattern, NM) else group_of(mask[rows])
-        out.append(exchange(W[rows], mask[rows], stats.mean, stats.variance, stats.norm, m, config))
+        out.append(exchange(W[rows], mask[rows], stats.mean, stats.variance, stats.norm, m, config, part.within))
     mask = torch.cat(out)
     repaired = Problem(W, stats, problem.constraint.freeze(mask), problem.names)
     return repaired.project(mask.to(W.dtype))

@@ -4,10 +4,9 @@
 
 Made for N:M patterns, together with the shuffles of :mod:`.permute` (global: zig-zag; local: swap). α → ∞ is Wanda's order.
 Source: Li, Niu, Zhang, Liu, Zhu, Kang 2023 (arXiv 2310.15929), eq. 4–6; methods/03 §7.
-Differs: the histogram needs the activations themselves. Where ``extras["entropy"]`` holds it (:func:`channel_entropy`) it is
-used; otherwise it is taken from the statistics as for a Gaussian input, IR_c = ½ ln(2πe σ_c²) − ln(2 max|x_c| / bins), the
-differential entropy on bins of that width. ‖X_c‖ is the root mean square, so that the balance does not hang on the
-number of tokens.
+Differs: ‖X_c‖ is the root mean square, so that the balance does not hang on the number of tokens. The pipeline passes the entropy
+of the real histogram (``stats.entropy``); where statistics come without it, it is that of a Gaussian input,
+IR_c = ½ ln(2πe σ_c²) − ln(2 max|x_c| / bins), the differential entropy on bins of that width.
 """
 
 from __future__ import annotations
@@ -29,16 +28,6 @@ class ESparse:
     bins: int = 100
 
 
-def channel_entropy(X: Tensor, bins: int = 100) -> Tensor:
-    """Entropy in nats of each input's histogram over its own range, (in,); ``X: (tokens, in)``."""
-    low, high = X.amin(0), X.amax(0)
-    width = ((high - low) / bins).clamp_min(1e-30)
-    index = ((X - low) / width).long().clamp_(0, bins - 1)
-    counts = torch.zeros(X.shape[1], bins).scatter_add_(1, index.T, torch.ones_like(X.T))
-    p = counts / len(X)
-    return -(p * p.clamp_min(1e-30).log()).sum(1)
-
-
 def gaussian_entropy(stats: Stats, bins: int) -> Tensor:
     """The same from mean, variance and largest |x|, as if inputs were Gaussian, (in,), at least 0."""
     width = (2 * stats.absmax / bins).clamp_min(1e-30)
@@ -46,11 +35,17 @@ def gaussian_entropy(stats: Stats, bins: int) -> Tensor:
     return (spread - width.log()).clamp(0, math.log(bins))
 
 
+def channel_weight(stats: Stats, config: ESparse) -> Tensor:
+    """What |w| is multiplied with, (in,)."""
+    entropy = gaussian_entropy(stats, config.bins) if stats.entropy is None else stats.entropy
+    return entropy + config.alpha * stats.norm / math.sqrt(max(stats.count, 1))
+
+
+def e_sparse_score(problem: Problem, config: ESparse) -> Tensor:
+    """(out, in)."""
+    return problem.weight.abs() * channel_weight(problem.stats, config)
+
+
 def e_sparse(problem: Problem, config: ESparse) -> Solved:
     """Keep the largest scores."""
-    stats = problem.stats
-    entropy = problem.extras.get("entropy")
-    if entropy is None:
-        entropy = gaussian_entropy(stats, config.bins)
-    rms = stats.norm / math.sqrt(max(stats.count, 1))
-    return problem.project(problem.weight.abs() * (entropy + config.alpha * rms))
+    return problem.project(e_sparse_score(problem, config))

@@ -76,5 +76,5 @@ def l_obs(problem: Problem, config: LOBS) -> Solved:
             mask[rows] = part.pattern.mask
             continue
         group = part.pattern if isinstance(part.pattern, NM) else None
-        mask[rows] = part.pattern.select(removal_losses(H, W[rows], group))
+        mask[rows] = part.select(removal_losses(H, W[rows], group))
     return on_support(problem, mask, W, Refit("exact", damping=config.damping))

@@ -10,12 +10,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from ...core import Problem, Solved
 
 
 @dataclass(frozen=True)
 class Magnitude:
     """No settings of its own."""
+
+
+def magnitude_score(problem: Problem, config: Magnitude) -> Tensor:
+    """(out, in)."""
+    return problem.weight.abs()
 
 
 def magnitude(problem: Problem, config: Magnitude) -> Solved:

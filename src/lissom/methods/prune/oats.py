@@ -42,7 +42,7 @@ def decompose(M: Tensor, pattern: object, rank: int, alternations: int, seed: in
     """``M ≈ S + P Qᵀ``: S (out, in) under ``pattern``, P (out, r), Q (in, r) orthonormal."""
     S = torch.zeros_like(M)
     if rank == 0:
-        return torch.where(pattern.select(M.abs()), M, 0.0), M[:, :0], M.T[:, :0]  # type: ignore[attr-defined]
+        return torch.where(pattern.select(M.square()), M, 0.0), M[:, :0], M.T[:, :0]  # type: ignore[attr-defined]
     generator = torch.Generator().manual_seed(seed)
     Q = torch.linalg.qr(torch.randn(M.shape[1], rank, generator=generator, dtype=M.dtype)).Q
     P = M @ Q
@@ -52,7 +52,7 @@ def decompose(M: Tensor, pattern: object, rank: int, alternations: int, seed: in
             Q = top_subspace(R, Q)
         P = R @ Q
         rest = M - P @ Q.T
-        S = torch.where(pattern.select(rest.abs()), rest, 0.0)  # type: ignore[attr-defined]
+        S = torch.where(pattern.select(rest.square()), rest, 0.0)  # type: ignore[attr-defined]
     return S, P, Q
 
 

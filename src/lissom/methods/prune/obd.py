@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from ...core import Problem, Solved
 
 
@@ -24,12 +26,22 @@ class LOBD:
     """No settings of its own."""
 
 
+def obd_score(problem: Problem, config: OBD) -> Tensor:
+    """½ F w², (out, in)."""
+    return 0.5 * problem.extra("fisher", "obd") * problem.weight.square()
+
+
 def obd(problem: Problem, config: OBD) -> Solved:
-    """Keep the largest ½ F w²."""
-    return problem.project(0.5 * problem.extra("fisher", "obd") * problem.weight.square())
+    """Keep the largest scores."""
+    return problem.project(obd_score(problem, config))
+
+
+def l_obd_score(problem: Problem, config: LOBD) -> Tensor:
+    """½ H_cc w², (out, in)."""
+    second = 2 * problem.stats.sumsq / max(problem.stats.count, 1)
+    return 0.5 * second * problem.weight.square()
 
 
 def l_obd(problem: Problem, config: LOBD) -> Solved:
-    """Keep the largest ½ H_cc w²."""
-    second = 2 * problem.stats.sumsq / max(problem.stats.count, 1)
-    return problem.project(0.5 * second * problem.weight.square())
+    """Keep the largest scores."""
+    return problem.project(l_obd_score(problem, config))

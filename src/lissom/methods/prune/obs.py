@@ -44,14 +44,27 @@ def fisher_blocks(samples: Tensor, block: int, damping: float) -> Tensor:
     return F
 
 
+def _fisher(problem: Problem, config: OBS) -> Tensor:
+    return fisher_blocks(problem.extra("samples", "obs").to(problem.weight.dtype), config.block, config.damping)
+
+
+def _scores(W: Tensor, F: Tensor) -> Tensor:
+    inverse = torch.linalg.inv(F).diagonal(dim1=2, dim2=3).reshape(len(W), -1)[:, : W.shape[1]]
+    return W.square() / (2 * inverse.clamp_min(1e-30))
+
+
+def obs_score(problem: Problem, config: OBS) -> Tensor:
+    """(out, in)."""
+    return _scores(problem.weight, _fisher(problem, config))
+
+
 def obs(problem: Problem, config: OBS) -> Solved:
     """Keep the largest scores, move the kept weights of each block to the joint optimum."""
     W = problem.weight
     rows, columns = W.shape
-    F = fisher_blocks(problem.extra("samples", "obs").to(W.dtype), config.block, config.damping)
+    F = _fisher(problem, config)
     width = F.shape[1] * config.block
-    inverse = torch.linalg.inv(F).diagonal(dim1=2, dim2=3).reshape(rows, width)[:, :columns]
-    score = W.square() / (2 * inverse.clamp_min(1e-30))
+    score = _scores(W, F)
     if not config.update or not problem.constraint.sparse:
         return problem.project(score)
     mask = problem.constraint.select(score)

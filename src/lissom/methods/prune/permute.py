@@ -15,7 +15,6 @@ kept only when the total grows, so no step ever lowers it.
 from __future__ import annotations
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 
@@ -37,6 +36,8 @@ def assign(score: Tensor, n: int, m: int, order: Tensor | None = None, rounds: i
 
     O(rounds · m · (out·in·groups + groups³)) work.
     """
+    from scipy.optimize import linear_sum_assignment  # slow to import
+
     groups = _groups(score, m)
     order = zigzag(score, m) if order is None else order.clone()
     best = retained(score[:, order], n, m)

@@ -32,9 +32,14 @@ def ria_score(weight: Tensor, norm: Tensor, power: float) -> Tensor:
     return (A / rows.clamp_min(1e-30) + A / columns.clamp_min(1e-30)) * norm.pow(power)
 
 
-def ria(problem: Problem, config: RIA) -> Solved:
-    """Keep the largest scores of each layer."""
+def ria_scores(problem: Problem, config: RIA) -> Tensor:
+    """(out, in) of a stack."""
     scores = [
         ria_score(problem.weight[rows], problem.stats.norm, config.power) for rows, _ in problem.constraint.slices()
     ]
-    return problem.project(torch.cat(scores))
+    return torch.cat(scores)
+
+
+def ria(problem: Problem, config: RIA) -> Solved:
+    """Keep the largest scores of each layer."""
+    return problem.project(ria_scores(problem, config))

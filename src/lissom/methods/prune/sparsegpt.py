@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from ...core import Problem, Solved, sweep
 
 
@@ -24,6 +26,11 @@ class SparseGPT:
 
     damping: float = 0.01
     block: int = 128
+
+
+def sparsegpt_score(problem: Problem, config: SparseGPT) -> Tensor:
+    """½ w² / U_cc² of the weights before the sweep, (out, in): what removing one costs once the columns before it are gone."""
+    return problem.weight.square() / (2 * problem.factor(config.damping).diagonal.square())
 
 
 def sparsegpt(problem: Problem, config: SparseGPT) -> Solved:

@@ -4,34 +4,32 @@
     element  ½ W_rc² / ([G⁻¹]_rr [A⁻¹]_cc)      row  ½ W_r A W_rᵀ / [G⁻¹]_rr      column  ½ W_cᵀ G W_c / [A⁻¹]_cc
     update   minimise ½ tr(G Δ A Δᵀ) with the removed weights fixed at −W: the joint optimum for the whole removed set
 
-Several ``shots`` reach the sparsity in linear steps; each scores the weights as updated so far. Needs ``extras["output_gram"]``.
-Source: van der Ouderaa, Nagel, van Baalen, Asano, Blankevoort, ICLR 2024 (arXiv 2312.17244), eqs. 6–11; methods/03 §10.
-Differs: the joint update is solved by conjugate gradients with the two factors, which lifts the paper's limit of 2000 correlated
-weights; the factors are those of the start of the run, because a solver cannot re-estimate them (the paper does, every
-shot; the pipeline streams each block once); the threshold is by layer instead of global, budgets are the allocation's
-business. With G = I this is L-OBS's score with the exact joint update. Rows and columns: the count is rounded to whole units.
+What goes as a whole is the constraint's ``unit``. Several ``steps`` reach the sparsity linearly under the factors of one run, each
+scoring the weights as updated so far; ``shots`` of the recipe (the paper has 40) estimate the factors again each time. Needs
+``extras["output_gram"]``. Source: van der Ouderaa, Nagel, van Baalen, Asano, Blankevoort, ICLR 2024 (arXiv 2312.17244), eqs. 6–11;
+methods/03 §10. Differs: the joint update is solved by conjugate gradients with the two factors, which lifts the paper's limit
+of 2000 correlated weights; the threshold is by layer unless the recipe says ``per: global``. With G = I this is L-OBS's score
+with the exact joint update. Units of other shapes than rows and columns cost the sum of their elements.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ...core import Fixed, Problem, Solved, Sparse, damped, keep_largest
+from ...core import NM, Both, Fixed, Problem, Solved, Sparse, damped
 from .least_squares import Refit, on_support
 
 
 @dataclass(frozen=True)
 class Surgeon:
-    """``unit`` removed together; ``shots``; ``damping`` of A and ``damping_out`` of G, fractions of their mean diagonals;
+    """``steps`` of choosing and updating; ``damping`` of A and ``damping_out`` of G, fractions of their mean diagonals;
     ``tolerance`` and ``iterations`` of the update.
     """
 
-    unit: Literal["element", "row", "column"] = "element"
-    shots: int = 5
+    steps: int = 5
     damping: float = 0.01
     damping_out: float = 0.1
     tolerance: float = 1e-4
@@ -64,28 +62,44 @@ def joint_update(
     return x
 
 
-def unit_costs(W: Tensor, A: Tensor, G: Tensor, inverse_A: Tensor, inverse_G: Tensor, unit: str) -> Tensor:
-    """Cost of each unit alone, broadcast to (out, in); ``inverse_*``: diagonals of the inverses."""
-    if unit == "row":
-        return (0.5 * ((W @ A) * W).sum(1) / inverse_G)[:, None].expand_as(W)
-    if unit == "column":
-        return (0.5 * ((G @ W) * W).sum(0) / inverse_A).expand_as(W)
+def unit_costs(W: Tensor, A: Tensor, G: Tensor, inverse_A: Tensor, inverse_G: Tensor, unit: tuple[int, int]) -> Tensor:
+    """Cost of each unit alone, in equal shares on its weights, (out, in); ``inverse_*``: diagonals of the inverses."""
+    rows, columns = W.shape
+    if unit == (1, 0):
+        return (((W @ A) * W).sum(1) / (2 * columns * inverse_G))[:, None].expand_as(W)
+    if unit == (0, 1):
+        return (((G @ W) * W).sum(0) / (2 * rows * inverse_A)).expand_as(W)
     return 0.5 * W.square() / (inverse_G[:, None] * inverse_A)
 
 
-def _keep(costs: Tensor, pattern: object, share: float, unit: str) -> Tensor:
-    """Keep-mask at ``share`` of the way to the pattern's sparsity."""
-    if not isinstance(pattern, Sparse):  # N:M and given masks have no half-way pattern
-        return pattern.select(costs)  # type: ignore[attr-defined]
-    if unit == "row":
-        return keep_largest(costs[:, :1].T, round(share * pattern.p * len(costs))).T.expand_as(costs)
-    if unit == "column":
-        return keep_largest(costs[:1], round(share * pattern.p * costs.shape[1])).expand_as(costs)
-    return Sparse(share * pattern.p, pattern.per).select(costs)
+def _part_way(part: Both, share: float) -> Both:
+    """The constraint at ``share`` of its zeros."""
+    pattern = part.pattern
+    if isinstance(pattern, Sparse):
+        return replace(part, pattern=replace(pattern, p=share * pattern.p))
+    if isinstance(pattern, NM):
+        return replace(part, pattern=NM(pattern.m - round(share * (pattern.m - pattern.n)), pattern.m))
+    return part
+
+
+def _unit(part: Both) -> tuple[int, int]:
+    return part.pattern.unit if isinstance(part.pattern, Sparse) else (1, 1)
+
+
+def surgeon_score(problem: Problem, config: Surgeon) -> Tensor:
+    """Costs of the weights as they are, (out, in)."""
+    A, dead = damped(problem.stats.hessian / 2, config.damping)
+    inverse_A = torch.linalg.inv(A).diagonal()
+    whole, out = problem.extra("output_gram", "llm-surgeon"), []
+    for rows, part in problem.constraint.slices():
+        G, _ = damped(whole[rows, rows], config.damping_out)
+        W = torch.where(dead, 0.0, problem.weight[rows])
+        out.append(unit_costs(W, A, G, inverse_A, torch.linalg.inv(G).diagonal(), _unit(part)))
+    return torch.cat(out)
 
 
 def surgeon(problem: Problem, config: Surgeon) -> Solved:
-    """Shots of choosing and updating, layer by layer of the stack."""
+    """Steps of choosing and updating, layer by layer of the stack."""
     A, dead = damped(problem.stats.hessian / 2, config.damping)
     inverse_A = torch.linalg.inv(A).diagonal()
     whole = problem.extra("output_gram", "llm-surgeon")
@@ -96,13 +110,11 @@ def surgeon(problem: Problem, config: Surgeon) -> Solved:
         if part.pattern is not None and part.pattern.p > 0:
             G, _ = damped(whole[rows, rows], config.damping_out)
             inverse_G = torch.linalg.inv(G).diagonal()
-            shots = config.shots if isinstance(part.pattern, Sparse) else 1
-            for shot in range(1, shots + 1):
-                costs = unit_costs(weight, A, G, inverse_A, inverse_G, config.unit)
+            steps = 1 if isinstance(part.pattern, Fixed) else config.steps
+            for step in range(1, steps + 1):
+                costs = unit_costs(weight, A, G, inverse_A, inverse_G, _unit(part))
                 costs = torch.where(mask, costs, -1.0)  # what is gone stays gone
-                mask = _keep(costs, part.pattern, shot / shots, config.unit)
-                if isinstance(part.pattern, Fixed):
-                    mask = part.pattern.mask
+                mask = _part_way(part, step / steps).select(costs)
                 weight = joint_update(W, mask, A, G, config.tolerance, config.iterations, weight)
         weights.append(weight)
         masks.append(mask)

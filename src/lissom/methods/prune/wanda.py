@@ -20,11 +20,11 @@ class Wanda:
     """No settings of its own (the comparison group is the constraint's ``per``, default ``row``)."""
 
 
-def wanda_score(problem: Problem) -> Tensor:
+def wanda_score(problem: Problem, config: Wanda) -> Tensor:
     """(out, in)."""
     return problem.weight.abs() * problem.stats.norm
 
 
 def wanda(problem: Problem, config: Wanda) -> Solved:
     """Keep the largest scores."""
-    return problem.project(wanda_score(problem))
+    return problem.project(wanda_score(problem, config))

@@ -20,7 +20,7 @@ from torch import Tensor
 from ...core import NumericalError
 from . import ranges
 
-Calibrate = Literal["minmax", "absmax", "percentile", "mse", "entropy"]
+Calibrate = Literal["minmax", "absmax", "ema", "percentile", "mse", "entropy"]
 
 
 @dataclass(frozen=True)
@@ -107,13 +107,15 @@ class Activations:
 
     ``bits`` 2 … 8. ``per`` token: the scale of each token is found when it arrives; tensor: one scale for a stage, found on
     the calibration text by ``calibrate`` (minmax and absmax are the same here: codes are symmetric). ``percent`` of the
-    magnitudes lie inside when ``calibrate`` is percentile. ``only``: roles of layers whose inputs are rounded; none: all.
+    magnitudes lie inside when ``calibrate`` is percentile; ema averages the largest magnitudes of the samples, each weighing
+    ``momentum`` of the one after it. ``only``: roles of layers whose inputs are rounded; none: all.
     """
 
     bits: int = 8
     per: Literal["token", "tensor"] = "token"
     calibrate: Calibrate = "absmax"
     percent: float = 99.99
+    momentum: float = 0.95
     only: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -121,6 +123,8 @@ class Activations:
             raise ValueError(f"bits must be 2 … 8, not {self.bits}")
         if not 0 < self.percent <= 100:
             raise ValueError(f"percent must be in (0, 100], not {self.percent:g}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), not {self.momentum:g}")
 
 
 def round_input(x: Tensor, bits: int, scale: float | None = None) -> Tensor:
@@ -142,11 +146,23 @@ def round_input(x: Tensor, bits: int, scale: float | None = None) -> Tensor:
     return torch.round((x / s).clamp(-half, half - 1)) * s
 
 
-def static_scale(x: Tensor, config: Activations) -> float:
-    """The constant scale for activations like ``x`` (any shape), by ``config.calibrate``; half-precision exact."""
-    grid = ActivationGrid(config.bits, True, "tensor", False, config.calibrate, config.percent)
-    low, high = grid.range(x.reshape(1, -1).float())
-    top = float(torch.maximum(-low, high))
+def static_scale(x: Tensor, tops: Tensor, config: Activations) -> float:
+    """The constant scale for activations like ``x`` (any shape), by ``config.calibrate``; half-precision exact.
+
+    ``tops``: the largest magnitude of each calibration sample, in order; ``x`` may be a part of them only.
+    """
+    if config.calibrate in ("minmax", "absmax"):
+        top = float(tops.max())
+    elif config.calibrate == "ema":
+        moving = ranges.Moving(momentum=config.momentum)
+        for one in tops:
+            moving = moving.update(one.reshape(1, 1))
+        assert moving.high is not None
+        top = float(moving.high)
+    else:
+        grid = ActivationGrid(config.bits, True, "tensor", False, config.calibrate, config.percent)
+        low, high = grid.range(torch.cat([x.flatten(), tops.max()[None]])[None].float())
+        top = float(torch.maximum(-low, high))
     scale = torch.tensor(top / ((2.0**config.bits - 1) / 2)).half().float()
     if not bool(torch.isfinite(scale)):
         raise NumericalError(f"activations up to {top:g} have no finite half-precision scale; use per: token")

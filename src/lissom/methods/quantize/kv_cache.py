@@ -6,7 +6,8 @@
 Keys have a few large channels, which a per-token grid would let drown all others; values have none (KIVI, Liu et al.
 2024, arXiv 2402.02750). ``recent`` tokens at the end stay in full precision: a channel's group is closed only when
 ``group`` tokens are there. x: (batch, heads, tokens, size). Scales are fp16-exact.
-Static grids come from :func:`calibrate_channels`: one per head and channel, for any number of tokens.
+Static grids (:func:`calibrate_static`) hold for any token: one per head and channel (channel), or per head and ``group``
+channels (token), with zero among the levels.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class CacheGrid:
     """``bits`` 2–8; ``per`` token | channel; ``group`` entries share a grid; ``recent`` tokens are left alone.
 
     ``zero``: low – a half-precision low end; integer – a zero point, as compressed-tensors computes (fp32 scales).
+    ``static``: ranges are constants from calibration, zero points integers, and no group of tokens waits to be full.
     """
 
     bits: int = 4
@@ -34,6 +36,7 @@ class CacheGrid:
     group: int = 64
     recent: int = 0
     zero: Literal["low", "integer"] = "low"
+    static: bool = False
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -97,16 +100,24 @@ def fake_cache(x: Tensor, config: CacheGrid) -> Tensor:
     return torch.cat([done, x[:, :, old:]], 2)
 
 
-def calibrate_channels(x: Tensor, bits: int, percent: float = 100.0) -> tuple[Tensor, Tensor]:
-    """Static scale and zero point, (heads, 1, size), from calibration keys or values (batch, heads, tokens, size)."""
+def calibrate_static(x: Tensor, config: CacheGrid, percent: float = 100.0) -> tuple[Tensor, Tensor]:
+    """Scale (fp16-exact) and zero point, (heads, 1, size), from calibration keys or values (batch, heads, tokens, size).
+
+    ``percent`` of the magnitudes of each grid lie inside.
+    """
     heads, size = x.shape[1], x.shape[3]
-    flat = x.permute(1, 3, 0, 2).reshape(heads * size, -1)
+    together = 1 if config.per == "channel" else min(config.group, size)
+    flat = x.permute(1, 3, 0, 2).reshape(heads * size // together, -1)
     low, high = ranges.minmax(flat)
     if percent < 100:
         limit = ranges.percentile(flat, percent)[1]
         low, high = torch.maximum(low, -limit), torch.minimum(high, limit)
-    scale, zero = ranges.grid(low, high, bits)
-    return scale.reshape(heads, 1, size), zero.reshape(heads, 1, size)
+    scale, _ = ranges.grid(low, high, config.bits)
+    scale = half(scale)
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise NumericalError("keys or values have no half-precision scale; use static: false with zero: integer")
+    zero = torch.round(-low / scale).clamp(0, 2**config.bits - 1)
+    return tuple(t.repeat_interleave(together, 0).reshape(heads, 1, size) for t in (scale, zero))  # type: ignore[return-value]
 
 
 def fake_cache_static(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
@@ -115,8 +126,8 @@ def fake_cache_static(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tens
 
 
 def cache_bits(config: CacheGrid) -> float:
-    """Bits per stored number, scale and low end included."""
-    return config.bits + 32 / config.group
+    """Bits per stored number, scale and low end included; static grids are no part of the cache."""
+    return config.bits + (0 if config.static else 32 / config.group)
 
 
 @dataclass(frozen=True)
@@ -126,7 +137,8 @@ class KVCache:
     ``bits`` 2 … 8 of both unless ``key_bits`` or ``value_bits`` says otherwise. ``keys``, ``values``: token | channel.
     ``group_size`` channels (token) or tokens (channel) share a grid. The last ``recent`` tokens stay in full precision, and
     so does a channel's group that is not full. ``zero`` as of :class:`CacheGrid`. ``rotate``: turn queries and keys by a
-    Hadamard matrix first (QuaRot's R3; products are unchanged), an operator of the run.
+    Hadamard matrix first (QuaRot's R3; products are unchanged), an operator of the run. ``static``: ranges from the calibration
+    text on the model as it is before it is solved, ``percent`` of the magnitudes inside; false: of what is in the cache.
     """
 
     bits: int = 4
@@ -138,8 +150,12 @@ class KVCache:
     recent: int = 0
     zero: Literal["low", "integer"] = "low"
     rotate: bool = False
+    static: bool = False
+    percent: float = 100.0
 
     def __post_init__(self) -> None:
+        if not 0 < self.percent <= 100:
+            raise ValueError(f"percent must be in (0, 100], not {self.percent:g}")
         if self.group_size < 1 or self.recent < 0:
             raise ValueError(f"group_size ≥ 1 and recent ≥ 0 are needed, not {self.group_size} and {self.recent}")
         self.grids()
@@ -148,8 +164,8 @@ class KVCache:
         """Of keys and of values."""
         bits = (self.key_bits or self.bits, self.value_bits or self.bits)
         return (
-            CacheGrid(bits[0], self.keys, self.group_size, self.recent, self.zero),
-            CacheGrid(bits[1], self.values, self.group_size, self.recent, self.zero),
+            CacheGrid(bits[0], self.keys, self.group_size, self.recent, self.zero, self.static),
+            CacheGrid(bits[1], self.values, self.group_size, self.recent, self.zero, self.static),
         )
 
 
@@ -160,7 +176,7 @@ def in_full_precision(tokens: int, config: CacheGrid) -> Tensor | None:
     token, and whole groups of channels wait until all of it is older.
     """
     at = torch.arange(tokens)
-    if config.per == "token":
+    if config.per == "token" or config.static:
         return (at[:, None] - at < config.recent) if config.recent else None
     groups = at // config.group
     return at[:, None] - (groups * config.group + config.group - 1) < max(config.recent, 1)

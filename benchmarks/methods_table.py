@@ -1,0 +1,190 @@
+"""Every pruning method at every sparsity and pattern on the demo model, at a reduced cost; each row a saved and loaded artefact.
+
+    .venv/bin/python benchmarks/methods_table.py [--only PATTERN] [--list] [--render]
+
+Protocol: 8 × 512 calibration tokens of WikiText-2 valid, seed 0; perplexity and KL (dense ‖ pruned, nats a token) of the first 8
+windows of 256 tokens of the raw test text. The demo model is converted to dense float32 safetensors once. Every row runs in a
+child of its own: `seconds` and `peak` are those of `lissom.compress` alone, on whatever else the machine does. Rows are
+kept in benchmarks/rows/methods.jsonl and not run again; delete a line to repeat it. The order is by column, the usual ones first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from memory import forked
+
+import lissom
+from lissom.evaluate import forward, load_text, token_losses, tokenize, windows
+from lissom.export import open_model
+from lissom.models import Model
+
+HERE = Path(__file__).parent
+DATA = HERE.parent.parent / "shared" / "data" / "wikitext2"
+KEPT = HERE / "rows" / "methods.jsonl"
+PROTOCOL = {"samples": 8, "length": 512, "windows": 8, "window": 256}
+COLUMNS = ("70%", "50%", "2:4", "4:16", "60%", "80%", "4:8")
+
+FIRST = ("magnitude", "wanda", "sparsegpt", "alps", "loss-clusters + alps")
+SOLVERS: dict[str, list[dict[str, Any]]] = {
+    "magnitude": [{"use": "magnitude"}],
+    "l-obd": [{"use": "l-obd"}],
+    "wanda": [{"use": "wanda"}],
+    "e-sparse": [{"use": "e-sparse"}],
+    "ria": [{"use": "ria"}],
+    "gblm": [{"use": "gblm"}],
+    "obd": [{"use": "obd"}],
+    "obs": [{"use": "obs"}],
+    "llm-surgeon": [{"use": "llm-surgeon", "shots": 1, "iterations": 20}],
+    "isc": [{"use": "isc"}],
+    "sparsegpt": [{"use": "sparsegpt"}],
+    "wanda, dsnot": [{"use": "wanda"}, {"use": "dsnot"}],
+    "wanda, refit": [{"use": "wanda"}, {"use": "refit"}],
+    "wanda, dsnot, refit": [{"use": "wanda"}, {"use": "dsnot"}, {"use": "refit"}],
+    "sparsegpt, refit": [{"use": "sparsegpt"}, {"use": "refit"}],
+    "alps": [{"use": "alps"}],
+    "oats": [{"use": "oats"}],
+}
+ALLOCATIONS = (
+    "owl", "atp", "alpha-pruning", "besa", "trace-steps", "equal-marginal", "loss-clusters",
+)  # fmt: skip
+PERMUTED = ("ria", "sparsegpt", "alps")
+WITHOUT = {
+    "l-obs": "out · in³ multiplications for each layer: 80 T for this model's layers, most of them in products of vectors; "
+    "measured on a small model below",
+}
+
+
+def steps_of(name: str, column: str) -> list[dict[str, Any]] | None:
+    """The recipe of a row in a column; None where there is none (an allocation leaves N:M alone, but for N of 16 by layer)."""
+    unstructured = column.endswith("%")
+    n, m = (0, 0) if unstructured else map(int, column.split(":"))
+    spend: dict[str, Any] = {"sparsity": float(column[:-1]) / 100} if unstructured else {"pattern": column}
+    first, _, solver = name.partition(" + ")
+    if not solver:
+        solver, allocation = first, None
+    elif first == "permuted":
+        return None if unstructured else [{"use": "channel-permutation"}, *steps_of(solver, column)]  # type: ignore[misc]
+    else:
+        allocation = {"use": first}
+        if m == 16:
+            spend = {"sparsity": 1 - n / m, "pattern": "n:16"}
+        elif not unstructured:
+            return None
+    head, *rest = SOLVERS[solver]
+    return [*([allocation] if allocation else []), head | spend, *rest]
+
+
+def rows() -> list[tuple[str, str]]:
+    names = [*SOLVERS, *(f"{a} + sparsegpt" for a in ALLOCATIONS), "loss-clusters + alps"]
+    names += [f"permuted + {s}" for s in PERMUTED]
+    names.sort(key=lambda name: name not in FIRST)
+    return [(name, column) for column in COLUMNS for name in names if steps_of(name, column)]
+
+
+def converted(source: str) -> Path:
+    """The dense checkpoint, as float32 safetensors, in a folder that stays between calls."""
+    folder = Path(tempfile.gettempdir()) / f"lissom-dense-{re.sub(r'[^a-z0-9]+', '-', source.lower())}"
+    if not folder.exists():
+        lissom.unpack(source, folder, dtype="float32")
+    return folder
+
+
+@torch.no_grad()
+def judge(model: Model, dense: Model, reference: list[torch.Tensor], ids: torch.Tensor) -> dict[str, float]:
+    """Perplexity, and KL(dense ‖ model) in nats a token."""
+    seen = forward(model, ids)
+    loss = kl = 0.0
+    for h, g, row in zip(seen.hidden, reference, ids, strict=True):
+        loss += float(token_losses(model, h, row).sum())
+        p, q = (torch.log_softmax(m.head(x[:, :-1])[0].float(), -1) for m, x in ((dense, g), (model, h)))
+        kl += float((p.exp() * (p - q)).sum())
+    tokens = ids.shape[0] * (ids.shape[1] - 1)
+    return {"perplexity": math.exp(min(loss / tokens, 700)), "kl": kl / tokens, "zeros": seen.zeros / seen.weights}
+
+
+def keep_reference(source: Path, ids: torch.Tensor) -> None:
+    """The dense model's last hidden states, beside it; made in a child, so that no row's peak starts with them."""
+    if not (source / "reference.pt").exists():
+        torch.save(forward(Model(open_model(source)), ids).hidden, source / "reference.pt")
+
+
+def row(source: Path, steps: list[dict[str, Any]], ids: torch.Tensor) -> dict[str, Any]:
+    work = Path(tempfile.mkdtemp(prefix="lissom-methods-"))
+    try:
+        recipe = {"steps": steps, "calibration": {"data": str(DATA / "valid.txt")}}
+        overrides = [f"samples={PROTOCOL['samples']}", f"length={PROTOCOL['length']}"]
+        started = time.process_time()
+        made = lissom.compress(source, work / "out", recipe, overrides=overrides)
+        out = {"seconds": made["seconds"], "cpu_seconds": time.process_time() - started, "peak": made["peak_rss_bytes"]}
+        reference = torch.load(source / "reference.pt")
+        return out | judge(Model(open_model(work / "out")), Model(open_model(source)), reference, ids)
+    finally:
+        shutil.rmtree(work)
+
+
+def render() -> str:
+    found = {(r["name"], r["column"]): r for r in map(json.loads, KEPT.read_text().splitlines())}
+    columns = [c for c in ("50%", "60%", "70%", "80%", "2:4", "4:8", "4:16") if any(c == k for _, k in found)]
+    lines = [f"| | {' | '.join(columns)} | CPU seconds | peak MB |", f"|---|{'---|' * (len(columns) + 2)}"]
+    for name in dict.fromkeys(name for name, _ in rows()):
+        mine = {c: found[name, c] for c in columns if (name, c) in found}
+        if not mine:
+            continue
+        cells = []
+        for c in columns:
+            r = mine.get(c)
+            none = "–" if steps_of(name, c) is None else ""
+            cells.append(r.get("failed") or f"{r['perplexity']:.4g} ({r['kl']:.2f})" if r else none)
+        ran = [r for r in mine.values() if "failed" not in r]
+        last = f"{max(r['cpu_seconds'] for r in ran):.0f} | {max(r['peak'] for r in ran) / 1e6:.0f}" if ran else " | "
+        lines.append(f"| {name} | {' | '.join(cells)} | {last} |")
+    lines += [f"| {name} | {reason} |{' |' * (len(columns) + 1)}" for name, reason in WITHOUT.items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", nargs="?", default="demo")
+    parser.add_argument("--only", default="")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--render", action="store_true")
+    options = parser.parse_args()
+    page = HERE / "RESULTS.md"
+    done = (
+        {(r["name"], r["column"]) for r in map(json.loads, KEPT.read_text().splitlines())} if KEPT.exists() else set()
+    )
+    waiting = [(n, c) for n, c in rows() if (n, c) not in done and re.search(options.only, f"{n} {c}")]
+    if options.list:
+        print("\n".join(f"{c:5} {n}" for n, c in waiting))
+    elif not options.render:
+        source = converted(options.model)
+        text = tokenize(open_model(source).tokenizer(), load_text(str(DATA / "test.raw.txt")))
+        ids = windows(text, PROTOCOL["windows"], PROTOCOL["window"])
+        forked(keep_reference, source, ids)
+        for name, column in waiting:
+            result = forked(row, source, steps_of(name, column), ids)
+            if isinstance(result, Exception):
+                result = {"failed": f"{type(result).__name__}: {result}"}
+            result = {"name": name, "column": column, "protocol": PROTOCOL, **result}
+            if options.model == "demo":
+                with KEPT.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(result) + "\n")
+            print({k: v for k, v in result.items() if k != "protocol"}, flush=True)
+    if KEPT.exists():
+        block = f"<!-- methods -->\n{render()}\n<!-- /methods -->"
+        text = page.read_text(encoding="utf-8")
+        page.write_text(re.sub("<!-- methods -->.*<!-- /methods -->", lambda _: block, text, flags=re.S), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

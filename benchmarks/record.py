@@ -1,0 +1,228 @@
+"""High sparsity, measured on artefacts: the record and its seeds, the curve, the ablation, and N of 16 beside unstructured.
+
+    .venv/bin/python benchmarks/record.py [--only PATTERN] [--list] [--render]
+
+Protocol and machinery of main_table.py: 32 × 512 calibration tokens, 16 windows of 1024 tokens of the raw test text, one
+`lissom compress` and one `lissom evaluate` a row. Finished rows are kept in benchmarks/rows/record/ and not run again; delete
+a file to repeat it. `--render` writes the tables into benchmarks/RESULTS.md between their markers, and the figure
+benchmarks/figures/sparsity.png from these rows, the main table's and those of the peers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+from pathlib import Path
+
+from main_table import HERE, measure
+
+KEPT = HERE / "rows" / "record"
+WHOLE = ["--set", "bits=16", "--set", "embedding_bits=16"]  # zeros only
+SEEDS = (0, 1, 2)
+GAPS = (4, 6)
+
+
+def once(seed: int) -> list[str]:
+    """Plain uniform SparseGPT as its reference code does it."""
+    return ["--recipe", "sparsegpt", "--set", "sparsity=0.7", "--set", "statistics=block", "--seed", str(seed)]
+
+
+def best(sparsity: float = 0.7, *more: str) -> list[str]:
+    return ["--recipe", "aggressive", *WHOLE, "--set", f"sparsity={sparsity}", *more]
+
+
+def gap(n: int) -> dict[str, list[str]]:
+    sparsity = 1 - n / 16
+    plain = ["--recipe", "alps", "--set", f"sparsity={sparsity}"]
+    layers = ["--recipe", "sparse-n-16", *WHOLE, "--set", f"sparsity={sparsity}"]
+    return {
+        f"unstructured {sparsity:.1%}": plain,
+        f"{n}:16": [*plain, "--set", f"pattern={n}:16"],
+        f"{2 * n}:32": [*plain, "--set", f"pattern={2 * n}:32"],
+        f"clusters unstructured {sparsity:.1%}": best(sparsity),
+        f"clusters N:16 {sparsity:.1%}": layers,
+        f"clusters N:32 {sparsity:.1%}": [*layers, "--set", "pattern=n:32"],
+    }
+
+
+TABLES: dict[str, dict[str, list[str]]] = {
+    "record": {f"{name} seed {s}": make(s) for s in SEEDS for name, make in (
+        ("sparsegpt once per block", once), ("aggressive without INT4", lambda s: best(0.7, "--seed", str(s))))},
+    "gap": {name: arguments for n in GAPS for name, arguments in gap(n).items()},
+    "curve": {f"aggressive without INT4 {s:.0%}": best(s) for s in (0.5, 0.6, 0.8)},
+    "ablation": {
+        "sparsegpt after each stage": ["--recipe", "sparsegpt", "--set", "sparsity=0.7"],
+        "loss clusters": ["--recipe", "loss-clusters", "--set", "sparsity=0.7", "--set", "bits=16"],
+        "with INT4": ["--recipe", "aggressive"],
+    },
+}  # fmt: skip
+
+
+def path_of(name: str) -> Path:
+    return KEPT / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
+
+
+def found(name: str) -> dict | None:
+    return json.loads(path_of(name).read_text(encoding="utf-8")) if path_of(name).exists() else None
+
+
+def perplexity(name: str) -> float | None:
+    row = found(name)
+    return row["evaluate"]["perplexity"] if row else None
+
+
+def ratio(a: float | None, b: float | None) -> str:
+    return f"{a / b:.2f}" if a and b else ""
+
+
+def number(x: float | None) -> str:
+    return f"{x:.1f}" if x else ""
+
+
+def record_table() -> list[str]:
+    lines = [
+        "| seed of the calibration | SparseGPT, once per block | `aggressive` without INT4 | ratio |",
+        "|---|---|---|---|",
+    ]
+    pairs = []
+    for s in SEEDS:
+        a, b = perplexity(f"aggressive without INT4 seed {s}"), perplexity(f"sparsegpt once per block seed {s}")
+        lines.append(f"| {s} | {number(b)} | {number(a)} | {ratio(a, b)} |")
+        if a and b:
+            pairs.append((b, a, a / b))
+    if len(pairs) > 1:
+        columns = zip(*pairs, strict=True)
+        cells = [f"{statistics.mean(c):.3g} ± {statistics.stdev(c):.2g}" for c in columns]
+        lines.append(f"| mean ± standard deviation | {' | '.join(cells)} |")
+    return lines
+
+
+def gap_table() -> list[str]:
+    lines = [
+        "| sparsity | budgets | unstructured | N:16 | ratio | N:32 | ratio |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for n in GAPS:
+        s = f"{1 - n / 16:.1%}"
+        for budgets, names in (
+            ("uniform", (f"unstructured {s}", f"{n}:16", f"{2 * n}:32")),
+            ("loss clusters", (f"clusters unstructured {s}", f"clusters N:16 {s}", f"clusters N:32 {s}")),
+        ):
+            u, a, b = (perplexity(name) for name in names)
+            lines.append(
+                f"| {s} | {budgets} | {number(u)} | {number(a)} | {ratio(a, u)} | {number(b)} | {ratio(b, u)} |"
+            )
+    return lines
+
+
+def rows_table(names: dict[str, str]) -> list[str]:
+    lines = ["| | perplexity | seconds | peak MB |", "|---|---|---|---|"]
+    for label, name in names.items():
+        row = found(name)
+        if row:
+            c = row["compress"]
+            lines.append(
+                f"| {label} | {row['evaluate']['perplexity']:.1f} | {c['seconds']:.0f} | {c['peak_rss_bytes'] / 1e6:.0f} |"
+            )
+    return lines
+
+
+DENSE = 22.88
+SPARSITIES = (50, 60, 70, 80)
+# label → (file under rows/ for a sparsity in per cent, colour, line)
+CURVES = {
+    "Wanda": ("wanda-{}.json", "#9aa5ad", "-"),
+    "llm-compressor SparseGPT": ("peers/llm-compressor-sparsegpt-{}.json", "#c0392b", "--"),
+    "SparseGPT": ("sparsegpt-{}.json", "#66757f", "-"),
+    "OWL": ("owl-{}.json", "#8e6bbf", "-"),
+    "equal marginal loss": ("equal-marginal-{}.json", "#b8860b", "-"),
+    "ATP": ("atp-{}.json", "#2e8b57", "-"),
+    "loss clusters": ("loss-clusters-{}.json", "#2874a6", "-"),
+    "loss clusters + ALPS (aggressive, no INT4)": ("record/aggressive-without-int4-{}.json", "#d35400", "-"),
+}
+
+
+def figure() -> None:
+    """Perplexity against sparsity, of every allocation and solver that was measured, and of the peer."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shown, ax = plt.subplots(figsize=(9, 5.5))
+    for label, (pattern, colour, line) in CURVES.items():
+        points = []
+        for s in SPARSITIES:
+            path = HERE / "rows" / pattern.format(s)
+            if pattern.startswith("record") and s == 70:
+                path = path_of("aggressive without INT4 seed 0")
+            if path.exists():
+                points.append((s, json.loads(path.read_text(encoding="utf-8"))["evaluate"]["perplexity"]))
+        if points:
+            strong = pattern.startswith("record")
+            ax.plot(*zip(*points, strict=True), line, color=colour, marker="o", markersize=4, label=label,
+                    linewidth=2.5 if strong else 1.3, zorder=3 if strong else 2)  # fmt: skip
+    ax.axhline(DENSE, color="#22303c", linewidth=1, linestyle=":")
+    ax.annotate(f"dense {DENSE}", (50, DENSE), xytext=(0, -11), textcoords="offset points", fontsize=8)
+    ax.set_yscale("log")
+    ax.set_ylim(18, 2000)
+    ticks = (20, 50, 100, 200, 500, 1000, 2000)
+    ax.set_yticks(ticks, [str(t) for t in ticks])
+    ax.minorticks_off()
+    ax.set_xticks(SPARSITIES, [f"{s}%" for s in SPARSITIES])
+    ax.set_xlabel("weights of the linear layers removed")
+    ax.set_ylabel("perplexity, WikiText-2 raw test (log)")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", color="#e8ecef", linewidth=0.8)
+    ax.legend(frameon=False, fontsize=8, loc="upper left")
+    folder = HERE / "figures"
+    folder.mkdir(exist_ok=True)
+    shown.savefig(folder / "sparsity.png", dpi=120, bbox_inches="tight", metadata={"Software": None})
+
+
+def render() -> None:
+    page = HERE / "RESULTS.md"
+    text = page.read_text(encoding="utf-8")
+    tables = {
+        "record": record_table(),
+        "gap": gap_table(),
+        "curve": rows_table({n: n for n in (*TABLES["curve"], "aggressive without INT4 seed 0")}),
+        "ablation": rows_table({
+            "uniform SparseGPT, statistics once per block": "sparsegpt once per block seed 0",
+            "statistics after each stage": "sparsegpt after each stage",
+            "budgets by loss clusters": "loss clusters",
+            "ALPS in place of SparseGPT": "aggressive without INT4 seed 0",
+            "INT4 in the same sweep (`aggressive`)": "with INT4",
+        }),
+    }  # fmt: skip
+    for mark, lines in tables.items():
+        block = "\n".join((f"<!-- {mark} -->", *lines, f"<!-- /{mark} -->"))
+        text = re.sub(f"<!-- {mark} -->.*<!-- /{mark} -->", lambda _, b=block: b, text, flags=re.S)
+    page.write_text(text, encoding="utf-8")
+    figure()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", default="")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--render", action="store_true")
+    options = parser.parse_args()
+    KEPT.mkdir(parents=True, exist_ok=True)
+    for table, rows in TABLES.items():
+        for name, arguments in rows.items():
+            if options.render or not re.search(options.only, name):
+                continue
+            if options.list or path_of(name).exists():
+                print(f"{table:10} {name:42} {number(perplexity(name))}")
+                continue
+            result = measure(name, arguments)
+            path_of(name).write_text(json.dumps(result, indent=1), encoding="utf-8")
+            print(f"{table:10} {name:42} {result['evaluate']['perplexity']:.2f}", flush=True)
+    render()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Units of weights and earlier zeros, in every place where a constraint selects: against naive loops."""
+
+import pytest
+import torch
+
+from lissom.core import NM, Both, Grid, Problem, Sparse, Stack, Stats, factorise, sweep
+from lissom.methods.prune import METHODS
+
+ROWS, COLUMNS = 16, 32
+UNITS = {(1, 1): "element", (4, 1): "tall", (1, 16): "wide", (2, 8): "both", (1, 0): "row", (0, 1): "column"}
+
+
+def naive(score, p, unit, per):
+    """Keep-mask by sorting units one at a time."""
+    r, c = unit[0] or score.shape[0], unit[1] or score.shape[1]
+    keep = torch.ones_like(score, dtype=torch.bool)
+    places = [(i, j) for i in range(0, score.shape[0], r) for j in range(0, score.shape[1], c)]
+    bands = {i: [x for x in places if x[0] == i] for i, _ in places} if per == "row" else {0: places}
+    for band in bands.values():
+        ranked = sorted(band, key=lambda x: float(score[x[0] : x[0] + r, x[1] : x[1] + c].double().sum()))
+        for i, j in ranked[: round(p * len(band))]:
+            keep[i : i + r, j : j + c] = False
+    return keep
+
+
+def random_problem(constraint, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    X = torch.randn(200, COLUMNS, generator=g) @ torch.randn(COLUMNS, COLUMNS, generator=g)
+    return Problem.of(torch.randn(ROWS, COLUMNS, generator=g), Stats.of(X), constraint)
+
+
+@pytest.mark.parametrize("per", ["layer", "row"])
+@pytest.mark.parametrize("unit", UNITS, ids=UNITS.get)
+def test_units_are_those_of_a_naive_loop(unit, per):
+    if per == "row" and unit[1] == 0:
+        pytest.skip("a row is one unit")
+    score = torch.rand(ROWS, COLUMNS, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(Sparse(0.5, per, unit).select(score), naive(score, 0.5, unit, per))
+
+
+def test_units_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="do not divide"):
+        Sparse(0.5, unit=(3, 1)).select(torch.rand(16, 32))
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=UNITS.get)
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.score and "gradients" not in m.needs])
+def test_every_method_that_scores_removes_whole_units(name, unit):
+    """Each unit is gone or stays whole; scores are what was asked for where nothing is swept."""
+    method, constraint = METHODS[name], Sparse(0.5, unit=unit)
+    problem = random_problem(constraint)
+    solved = method.run(problem, method.config())
+    gone = Sparse(0.5, unit=unit).units((~solved.mask).float())
+    size = ROWS * COLUMNS // gone.numel()
+    assert set(gone.unique().tolist()) == {0.0, float(size)}
+    assert int((~solved.mask).sum()) == ROWS * COLUMNS // 2 and not solved.weight[~solved.mask].any()
+    if name not in ("sparsegpt", "isc", "alps"):
+        score = method.score(problem, method.config())
+        assert torch.equal(solved.mask, naive(score, 0.5, unit, "layer"))
+
+
+def test_a_sweep_over_whole_rows_leaves_the_other_rows_alone():
+    """Nothing is shared between rows, so the kept ones stay dense; the row's score is the sum of w² / U²."""
+    problem = random_problem(Sparse(0.25, unit=(1, 0)))
+    solved = METHODS["sparsegpt"].run(problem, METHODS["sparsegpt"].config())
+    cost = (problem.weight.square() / problem.factor().diagonal.square()).sum(1)
+    assert set((~solved.mask).all(1).nonzero().flatten().tolist()) == set(cost.argsort()[:4].tolist())
+    assert torch.equal(solved.weight[solved.mask], problem.weight[solved.mask])
+
+
+def test_units_beside_a_grid_and_another_pattern_in_one_stack():
+    parts = ((8, Both(Sparse(0.5, unit=(1, 16)), Grid(4, 16))), (8, Both(NM(2, 4), Grid(4, 16))))
+    problem = random_problem(Stack(parts))
+    solved = sweep(problem, factorise(problem.stats.hessian))
+    assert torch.equal(solved.codes.decode(), solved.weight)
+    assert set(solved.mask[:8].reshape(8, 2, 16).float().mean(2).unique().tolist()) <= {0.0, 1.0}
+    assert bool((solved.mask[8:].reshape(8, -1, 4).sum(2) == 2).all())
+
+
+@pytest.mark.parametrize("pattern", [Sparse(0.6), Sparse(0.6, "row"), Sparse(0.5, unit=(1, 16)), NM(2, 8)])
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt", "isc", "alps", "l-obs", "dsnot"])
+def test_zeros_of_an_earlier_shot_stay_and_count(name, pattern):
+    """SparseGPT's feedback moves weights that were zero: without the mask of what is gone they would come back."""
+    if name in ("l-obs", "dsnot") and getattr(pattern, "unit", (1, 1)) != (1, 1):
+        pytest.skip("removes or exchanges single weights")
+    before = NM(5, 8) if isinstance(pattern, NM) else Sparse(0.25, pattern.per, pattern.unit)
+    gone = ~before.select(torch.rand(ROWS, COLUMNS, generator=torch.Generator().manual_seed(3)))
+    problem = random_problem(Both(pattern, None, ~gone))
+    problem.weight[gone] = 0
+    solved = METHODS[name].run(problem, METHODS[name].config())
+    assert not solved.weight[gone].any() and not solved.mask[gone].any()
+    zeros = (~solved.mask).float()
+    if isinstance(pattern, NM):
+        assert bool((zeros.reshape(ROWS, -1, 8).sum(2) == 6).all())
+    else:
+        per = zeros.mean(1) if pattern.per == "row" else zeros.mean()
+        torch.testing.assert_close(per, torch.full_like(per, pattern.p), atol=0.5 / COLUMNS, rtol=0)
+
+
+def test_white_statistics_are_those_of_the_identity():
+    white, n = Stats.white(6), 50_000
+    X = torch.randn(n, 6, generator=torch.Generator().manual_seed(0))
+    seen = Stats.of(X)
+    torch.testing.assert_close(white.hessian, seen.hessian, atol=0.05, rtol=0)
+    torch.testing.assert_close(white.norm, seen.norm / n**0.5, atol=0.02, rtol=0)
+    assert not white.mean.any() and bool((white.variance == 1).all())
