@@ -73,9 +73,17 @@ def test_links_of_the_pages_at_the_root_lead_somewhere(build):
 
 
 def test_public_names():
-    assert {"compress", "evaluate", "inspect", "load", "open_model", "plan", "unpack", "write_report"} <= set(
-        lissom.__all__
-    )
+    assert {
+        "compress",
+        "evaluate",
+        "inspect",
+        "load",
+        "load_encoder",
+        "open_model",
+        "plan",
+        "unpack",
+        "write_report",
+    } <= set(lissom.__all__)
     for name in lissom.__all__:
         assert getattr(lissom, name) is not None
     with pytest.raises(AttributeError, match="nothing_like_this"):

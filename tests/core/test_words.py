@@ -5,7 +5,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lissom.core import NM, Both, Codes, Grid, NumericalError, Problem, Sparse, Stats, gram_product, keep_largest, merge
+from lissom.core import (
+    NM,
+    Both,
+    Codes,
+    Grid,
+    NumericalError,
+    Problem,
+    Sparse,
+    Stats,
+    Tally,
+    gram_product,
+    keep_largest,
+    merge,
+)
 
 
 @settings(max_examples=30, deadline=None)
@@ -14,7 +27,10 @@ def test_merging_equals_one_shot_and_is_associative(a, b, c, width):
     X = torch.randn(a + b + c, width, dtype=torch.float64)
     whole = Stats.of(X)
     x, y, z = (Stats.of(part) for part in X.split([a, b, c]))
-    for merged in (merge(merge(x, y), z), merge(x, merge(y, z)), x.update(X[a : a + b]).update(X[a + b :])):
+    tally = Tally(width, dtype=torch.float64)
+    for part in X[None].split([a, b, c], 1):
+        tally.add(part)
+    for merged in (merge(merge(x, y), z), merge(x, merge(y, z)), tally.stats()):
         assert merged.count == whole.count
         for field in ("sum", "sumsq", "absmax", "gram"):
             assert torch.allclose(getattr(merged, field), getattr(whole, field))
@@ -22,6 +38,7 @@ def test_merging_equals_one_shot_and_is_associative(a, b, c, width):
     assert torch.allclose(whole.mean, X.mean(0))
     assert torch.allclose(whole.variance, X.var(0, unbiased=False), atol=1e-9)
     assert torch.allclose(whole.norm, X.norm(dim=0))
+    assert torch.equal(whole.absmax, X.abs().amax(0))
 
 
 def test_the_symmetric_product_is_exactly_symmetric():
@@ -141,3 +158,33 @@ def test_keep_largest_is_a_stable_sort_and_a_cut(shape, dtype):
         expected = torch.ones(shape, dtype=torch.bool)
         expected.scatter_(1, score.float().argsort(dim=1, stable=True)[:, :drop], False)
         assert torch.equal(keep_largest(score, drop), expected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(8192, 40000),
+    st.floats(0, 1),
+    st.sampled_from(["normal", "ties", "sorted", "few", "nan", "far"]),
+    st.integers(0, 99),
+)
+def test_exact_counts_of_many_entries(n, p, kind, seed):
+    """Long rows take their threshold from a sample first, whatever the values are."""
+    g = torch.Generator().manual_seed(seed)
+    score = torch.randn(1, n, generator=g).abs()
+    if kind == "ties":
+        score = (score * 3).round()
+    elif kind == "sorted":
+        score = score.sort(1).values
+    elif kind == "few":
+        score[:, n // 10 :] = 0
+    elif kind == "nan":
+        score[:, 5] = float("nan")
+    elif kind == "far":
+        score[:, :: max(1, n // 4096)] += 100  # every entry that the sample sees
+    drop = min(n - 1, round(p * n))
+    keep = keep_largest(score, drop)
+    if kind == "nan":
+        return  # no order, but no crash
+    assert int(keep.count_nonzero()) == n - drop
+    if 0 < drop:
+        assert score[keep].min() >= score[~keep].max()

@@ -4,9 +4,11 @@ import pytest
 import torch
 from solving import solve
 
-from lissom.core import FormatError, Grid, OutputError, RecipeError
+import lissom
+from lissom.core import FormatError, Grid, OutputError, Problem, RecipeError, Stats
 from lissom.export import ArtefactWriter, Layout, Packed, export_gguf, load, open_model
 from lissom.export.ggml_blocks import encode_blocks, exact_types, q4_1_error
+from lissom.methods import METHODS
 from lissom.models import Model
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
@@ -55,6 +57,32 @@ def test_q4_1_moves_weights_by_the_rounding_of_the_minimum():
     gap = float((back - codes.decode()).abs().max())
     assert 0 < gap <= q4_1_error(codes) * 1.01 + 1e-6
     assert gap < 2e-3
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "settings"), [("hqq", "Q4_1", {}), ("codebook", "MXFP4", {"table": "mxfp4"})]
+)
+def test_other_forms_have_blocks_of_their_own(method, kind, settings):
+    from gguf import GGMLQuantizationType, dequantize
+
+    W = torch.randn(8, 128) * torch.logspace(-3, 2, 8)[:, None] + 0.01
+    W[2, 32:64] = 0
+    problem = Problem.of(W, Stats.of(torch.randn(50, 128)), Grid(4, 32))
+    row = METHODS[method]
+    form = problem.split(row.run(problem, row.config(**settings)))["layer"].stored
+    assert exact_types(form) == [kind]
+    back = torch.from_numpy(dequantize(encode_blocks(form, kind), GGMLQuantizationType[kind]))
+    assert torch.equal(back, form.decode())
+
+
+def test_a_run_with_hqq_is_exact_in_gguf(dense, tmp_path):
+    recipe = {"steps": [{"use": "hqq", "bits": 4, "group_size": 32}], "save": {"format": "packed", "dtype": "float16"}}
+    lissom.compress(dense, tmp_path / "out", recipe, overrides=["calibration.samples=1", "calibration.length=8"])
+    report = export_gguf(tmp_path / "out", tmp_path / "m.gguf")
+    assert report["types"]["Q4_1"] == 14 and report["exact"]
+    ours, again = open_model(tmp_path / "out"), open_model(tmp_path / "m.gguf")
+    for name in ours.names():
+        assert torch.equal(again.tensor(name), ours.tensor(name).float()), name
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

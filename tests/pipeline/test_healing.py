@@ -90,7 +90,10 @@ def test_a_text_that_is_too_short_says_what_is_needed(trained, tmp_path):
 
 @pytest.mark.parametrize(
     "steps, words",
-    [([HEAL], "works on solved layers"), ([STEPS[0], HEAL, {"use": "reconstruct"}], "must be the last step")],
+    [
+        ([HEAL], "works on solved layers.*or name the teacher"),
+        ([STEPS[0], HEAL, {"use": "reconstruct"}], "must be the last step"),
+    ],
 )
 def test_a_training_step_in_the_wrong_place_is_refused(steps, words):
     with pytest.raises(RecipeError, match=words):
@@ -122,6 +125,9 @@ def test_a_cached_teacher_an_average_and_recomputing_heal_too(trained, tmp_path)
     [
         ({"cache": 8, "kind": "reverse"}, "needs logits > 0, kind forward"),
         ({"cache": 8, "minutes": 1.0}, "no minutes"),
+        ({"cache": 8, "relations": 1.0}, "attention and relations 0"),
+        ({"layers": "first"}, "must be one of uniform, last"),
+        ({"rewind": 1.0}, "rewind must be"),
         ({"patience": 0}, "patience must be at least 1"),
         ({"ema": 1.0}, "ema must be between"),
     ],
@@ -158,3 +164,30 @@ def test_a_narrower_student_heals_and_a_cached_teacher_needs_disk(trained, tmp_p
     assert made["healing"]["heal"][-1]["held_out"] < made["healing"]["heal"][0]["held_out"]
     disk = [plan(trained, [steps[0], {**steps[1], "cache": k}]).estimates["disk_bytes"] for k in (0, 10)]
     assert disk[1] - disk[0] == 6 * 6 * 8 * 32 * 10
+
+
+def test_a_model_that_was_compressed_before_heals_alone_against_a_named_teacher(trained, tmp_path):
+    pruned, small = tmp_path / "pruned", tmp_path / "small"
+    compress(trained, pruned, STEPS[:1], overrides=SMALL)
+    compress(trained, small, [{"use": "random", "keep_neurons": 0.5}], overrides=SMALL)
+    step = {**HEAL, "steps": 8, "teacher": str(trained)}
+    for source in (pruned, small):
+        made = compress(source, tmp_path / f"{source.name}-healed", [step], overrides=SMALL)
+        history = made["healing"]["heal"]
+        assert history[-1]["held_out"] < history[0]["held_out"]
+    before, after = (open_model(p) for p in (pruned, tmp_path / "pruned-healed"))
+    for row in made["layers"]:
+        name = f"{row['name']}.weight"
+        old, new = (c.tensor(name) for c in (before, after))
+        assert not new[old == 0].any() and not torch.equal(old, new)
+    packed = tmp_path / "packed"
+    compress(trained, packed, [{"use": "gptq", "bits": 4, "group_size": 32}], overrides=[*SMALL, "format=packed"])
+    with pytest.raises(RecipeError, match="is stored as packed, whose masks and grids would be lost"):
+        plan(packed, [step])
+
+
+def test_inner_states_are_matched_when_asked_for(trained, tmp_path):
+    step = {**HEAL, "steps": 4, "logits": 0.0, "hidden": 1.0, "attention": 1.0, "relations": 1.0, "layers": "last"}
+    made = compress(trained, tmp_path / "out", [STEPS[0], {**step, "rewind": 0.5}], overrides=SMALL)
+    history = made["healing"]["heal"]
+    assert history[-1]["held_out"] < history[0]["held_out"]

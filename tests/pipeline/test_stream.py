@@ -7,6 +7,7 @@ import lissom
 import tiny
 from lissom.core import Both, Grid, Problem, Sparse, Stats
 from lissom.export import open_model
+from lissom.kernels.columns import column_loop
 from lissom.methods import METHODS
 from lissom.models import Model
 from lissom.pipeline.data import load_calibration
@@ -41,7 +42,7 @@ def naive(source, kind, ids, method, config, constraint):
             hook.remove()
             conv = type(layer).__name__ == "Conv1D"
             weight = layer.weight.T.contiguous() if conv else layer.weight.clone()
-            problem = Problem.of(weight, Stats.of(torch.cat(seen), True), constraint)
+            problem = Problem.of(weight, Stats.of(torch.cat(seen), True), constraint, loop=column_loop())
             result = METHODS[method].run(problem, config).weight
             layer.weight.copy_(result.T if conv else result)
             solved[name] = result
@@ -106,7 +107,9 @@ def test_statistics_of_the_dense_model_would_be_found_out(random_checkpoint, tmp
     block = model.load_block(1)
     run = block.start(hidden)
     layer = block.stages[0][0]
-    problem = Problem.of(block.weight(layer.name), Stats.of(run.input().flatten(0, -2), True), Sparse(0.6))
+    problem = Problem.of(
+        block.weight(layer.name), Stats.of(run.input().flatten(0, -2), True), Sparse(0.6), loop=column_loop()
+    )
     stale = METHODS["sparsegpt"].run(problem, checked.steps[-1].config).weight
     assert not torch.allclose(open_model(tmp_path / "out").layer(layer.name).weight, stale, atol=1e-3)
 

@@ -1,5 +1,6 @@
 """The loop: exact resume, ranks that agree with one process, NaN, early stop, EMA, limits."""
 
+import itertools
 import json
 import math
 import os
@@ -221,6 +222,22 @@ def test_rates_scale_single_leaves_and_hooks_keep_state_in_leaves_without_gradie
         go(tmp_path, stop=2)
     for one, other in zip(go(tmp_path), (a, b, kept), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_rewound_training_starts_in_the_middle_of_the_schedule():
+    def moves(rewind):
+        leaf, seen = torch.zeros(1, requires_grad=True), []
+        config = Training(steps=4, learning_rate=0.1, warmup=0, rewind=rewind, clip=None, betas=(0.0, 0.0))
+        train(
+            {"w": leaf}, lambda ids: leaf.sum(), DATA, config, after_step=lambda *_: seen.append(float(leaf.detach()))
+        )
+        return [a - b for a, b in itertools.pairwise([0.0, *seen])]  # the learning rate of every step
+
+    by_hand = [0.1 * 0.5 * (1 + math.cos(math.pi * (0.5 + 0.5 * p))) for p in (1 / 8, 1 / 4, 1 / 2, 3 / 4)]
+    assert moves(0.5) == pytest.approx(by_hand, rel=1e-4)
+    assert moves(0.0)[0] > moves(0.5)[0]
+    with pytest.raises(ValueError, match="rewind"):
+        Training(rewind=1.0)
 
 
 def test_the_last_leaves_remain_where_the_best_are_not_asked_for():

@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from ..core import FormatError, LissomError, OutputError
+from ..core import FormatError, LissomError, OutputError, RecipeError
 from ..run.commands import add_commands
 from . import show
 
@@ -95,7 +95,9 @@ def compress(
     spill: Annotated[
         bool, typer.Option("--spill", help="Keep waiting activations on disk instead of in memory.")
     ] = False,
-    format: Annotated[str | None, typer.Option("--format", help="packed, dense or compressed-tensors.")] = None,
+    format: Annotated[
+        str | None, typer.Option("--format", help="packed, dense, compressed-tensors, int-quantized, gptq or gptq-v2.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Compress MODEL into OUT: plan, allocate, solve block by block, save, load back and compare."""
@@ -136,7 +138,9 @@ def plan(
     target_size: TargetSize = None,
     target_bits: TargetBits = None,
     max_kl: MaxKL = None,
-    format: Annotated[str | None, typer.Option("--format", help="packed, dense or compressed-tensors.")] = None,
+    format: Annotated[
+        str | None, typer.Option("--format", help="packed, dense, compressed-tensors, int-quantized, gptq or gptq-v2.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Show what a recipe would do to MODEL, and what it would take, without doing it."""
@@ -194,11 +198,15 @@ def evaluate(
     against: Annotated[str | None, typer.Option("--against", help="A dense model: adds KL and agreement.")] = None,
     json: Json = False,
 ) -> None:
-    """Measure perplexity, bits per byte, bytes and sparsity of a checkpoint on disk."""
+    """Measure perplexity, bits per byte, bytes and sparsity of a checkpoint on disk; of an encoder, its embeddings and their similarities."""
     from ..evaluate import evaluate as run
+    from ..evaluate import is_encoder, similarity
 
     with show.bar(quiet=json) as tick:
-        result = run(model, data, length, windows or None, against, tick)
+        if is_encoder(model):
+            result = similarity(model, against, data, min(length, 64), windows or None, tick)
+        else:
+            result = run(model, data, length, windows or None, against, tick)
     _remember(model, result)
     if json:
         show.emit(result, True)
@@ -242,36 +250,45 @@ def unpack(
 @app.command()
 def export(
     model: Model,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A .gguf file, or a directory for dense safetensors.")],
-    format: Annotated[str, typer.Option("--format", help="gguf or dense.")] = "gguf",
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A .gguf or .onnx file, or a directory.")],
+    format: Annotated[
+        str,
+        typer.Option("--format", help="gguf, onnx, gptq, gptq-v2, compressed-tensors, int-quantized, packed or dense."),
+    ] = "gguf",
     type: Annotated[str, typer.Option("--type", help="GGUF block type: auto, f16, q4_0, q4_1, q5_0 or q8_0.")] = "auto",
     requantize: Annotated[
         bool, typer.Option("--requantize", help="Allow rounding again where the block type cannot hold the codes.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Write MODEL for another engine: GGUF for llama.cpp, or dense safetensors."""
-    from ..export import export_gguf
-    from ..export import unpack as restore
+    """Write MODEL for another engine, from the codes that it stores: nothing is quantized a second time unless asked for."""
+    from ..export import CODECS, export_gguf, export_onnx, unpack
+    from ..pipeline import convert
 
-    if format not in ("gguf", "dense"):
-        raise FormatError(
-            f"unknown format {format!r}; choose gguf or dense (`lissom compress --format` writes the others)"
-        )
+    def note(text: str) -> None:
+        if not json:
+            show.err.print(text, style="dim", markup=False, soft_wrap=True)
+
+    if format not in ("gguf", "onnx", *CODECS):
+        raise FormatError(f"unknown format {format!r}; choose gguf, onnx, {', '.join(CODECS)}")
+    if format != "gguf" and (type != "auto" or requantize):
+        raise RecipeError("--type and --requantize belong to --format gguf")
     if out.exists():
         raise OutputError(f"{out} exists; choose another name or remove it")
-    if format == "dense":
-        restore(model, out)
-        done: dict[str, Any] = {"out": str(out), "format": "dense"}
+    made: dict[str, Any]
+    if format == "gguf":
+        made = export_gguf(model, out, type, requantize, note)
+    elif format == "onnx":
+        made = export_onnx(model, out, note)
+    elif format == "dense":
+        unpack(model, out)
+        made = {"bytes": sum(p.stat().st_size for p in out.glob("*.safetensors"))}
     else:
-        made = export_gguf(
-            model, out, type, requantize, None if json else lambda text: show.err.print(text, style="dim")
-        )
-        done = {"out": str(out), "format": "gguf", "bytes": out.stat().st_size, "report": made}
+        made = convert(model, out, format, note=note)
     if json:
-        show.emit(done, True)
+        show.emit({"out": str(out), "format": format, "bytes": made["bytes"], "report": made}, True)
     else:
-        show.out.print(f"{out}: written")
+        show.out.print(f"{out}: {show.size(made['bytes'])}")
 
 
 @app.command()

@@ -72,6 +72,7 @@ __all__ = [
     "Stacked",
     "Stats",
     "Stored",
+    "Tally",
     "TwoLevel",
     "UnitProblem",
     "Units",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -20,8 +20,8 @@ class BlockProblem:
     ``solved``: layer name → solution. ``inputs``: the block's inputs in the compressed model so far, ``dense_inputs``: the
     same tokens in the dense model, ``targets``: the dense block's outputs for ``dense_inputs``; lists of equal length of
     (batch, tokens, width). ``forward(weights, hidden) -> hidden``: the block with the given layers' weights (out, in) in
-    place of its own; differentiable in both. ``number``: of the block, to be mixed into seeds. ``stats``: of the layers' inputs
-    in the compressed stream, where a method needs them.
+    place of its own; differentiable in both. ``free``: layers whose zeros may stand anywhere (no N:M pattern). ``number``: of the
+    block, to be mixed into seeds. ``stats``: of the layers' inputs in the compressed stream, where a method needs them.
     """
 
     solved: Mapping[str, Solved]
@@ -31,3 +31,4 @@ class BlockProblem:
     forward: BlockForward
     number: int = 0
     stats: Mapping[str, Stats] = field(default_factory=dict)
+    free: Collection[str] = ()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import lcm
@@ -16,6 +17,7 @@ from torch import Tensor
 from .grid import Codes, Grid, GridParams
 
 Comparison = Literal["layer", "row"]
+_SAMPLE = 4096  # entries that say about where a threshold lies
 
 
 @runtime_checkable
@@ -45,9 +47,34 @@ def _smallest(score: Tensor, k: int) -> Tensor:
     """
     if score.device.type != "cpu" or score.dtype not in (torch.float32, torch.float64):
         return score.kthvalue(k, dim=1, keepdim=True).values
+    if len(score) == 1 and score.shape[1] >= 2 * _SAMPLE:
+        found = _between(score[0], k)
+        if found is not None:
+            return found[None, None]
     values = score.detach().numpy().copy()
     values.partition(k - 1, axis=1)
     return torch.from_numpy(values[:, k - 1 : k].copy())
+
+
+def _between(score: Tensor, k: int) -> Tensor | None:
+    """The ``k``-th smallest of many entries: a sample says between which two values it lies, the few entries there are parted.
+
+    A quarter of the time of parting them all. None where the sample misleads (deviations of more than four sigma, many ties, NaN).
+    """
+    values = score.detach().numpy()
+    sample = values[:: len(values) // _SAMPLE].copy()
+    sample.sort()
+    at = k / len(values) * len(sample)
+    width = 4 * math.sqrt(at * (1 - k / len(values))) + 2
+    low, high = sample[max(0, int(at - width))], sample[min(len(sample) - 1, int(at + width))]
+    inside = values >= low
+    below = len(values) - int(torch.from_numpy(inside).count_nonzero())
+    inside &= values <= high
+    middle = values[inside.nonzero()[0]]
+    if not below < k <= below + len(middle):
+        return None
+    middle.partition(k - below - 1)
+    return torch.tensor(middle[k - below - 1])
 
 
 def keep_largest(score: Tensor, drop: int) -> Tensor:

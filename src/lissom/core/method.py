@@ -38,7 +38,8 @@ class Method:
                    artefact, and every forward pass honours it
     ``permutation`` ``run(weight, norm, columns, segments, n, m, config) -> (order, before, after)``: an order of the channels that a
                    layer reads, before anything else; the pipeline folds it into the weights on both sides
-    ``transform``  ``run(model, context, config) -> model``: rewrites or trains the whole model
+    ``integer``    ``run(encoder, seen, config) -> IntEncoder``: the whole encoder in integers, from its float weights and the
+                   largest magnitudes of its activations; the only step of its recipe
     =============  ==========================================================================
 
     ``needs``: any of "gram", "inputs" (norms and means only), "entropy" (of the inputs'

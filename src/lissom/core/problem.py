@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from .columns import ColumnLoop, decide_columns
 from .constraint import Stack
 from .errors import RecipeError
 from .factor import Factor, damped, factorise
@@ -53,7 +54,7 @@ class Problem:
     ``extras``: what few methods need besides, stacked by rows like the weights: ``gradient`` (out, in), the norm over
     samples of each weight's gradient of the loss; ``fisher`` (out, in), its mean square; ``samples`` (count, out, in),
     the gradients themselves; ``output_gram`` (out, out), E[g gᵀ] of the gradients g at the outputs;
-    ``gradient_l1`` (out, in), the sum over samples of the gradient's magnitudes.
+    ``gradient_l1`` (out, in), the sum over samples of the gradient's magnitudes. ``loop``: the innermost loop of :func:`.sweep`.
     """
 
     weight: Tensor
@@ -63,6 +64,7 @@ class Problem:
     start: Solved | None = None
     _factors: dict[tuple[float, bool], Factor] = field(default_factory=dict, repr=False, compare=False)
     extras: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    loop: ColumnLoop = field(default=decide_columns, repr=False, compare=False)
 
     @classmethod
     def of(cls, weight: Tensor, stats: Stats, constraint: object = None, **rest: object) -> Problem:

@@ -8,7 +8,7 @@ which is the optimal update of the columns that are still free, under the assump
 before j are fixed in every row. What ``q`` may be is the constraint's business: zero where the pattern
 drops the weight, the nearest level where there is a grid. Work inside a block of columns is done on
 transposed copies (a column of W is then contiguous); rank-one updates reach to the end of a narrow block of 32
-columns, matrix products do the rest of the block and the columns after it.
+columns (:mod:`.columns`), matrix products do the rest of the block and the columns after it.
 
     zero + level choice   select at block starts (unstructured) or every m columns (N:M);
                           grids fitted at each group start on the *current* weights
@@ -21,6 +21,7 @@ import math
 import torch
 from torch import Tensor
 
+from .columns import Strip
 from .factor import Factor
 from .grid import Codes, GridParams
 from .problem import Problem, Solved
@@ -105,30 +106,33 @@ def sweep(
         stop = min(start + width, columns)
         span = stop - start
         w = W[:, start:stop].T.contiguous()  # (span, rows)
-        errors = torch.empty_like(w)
-        u = U[start:stop, start:stop]
-        d = u.diagonal()
         keep: Tensor | None = None
-        q_block = torch.empty_like(w)
-        code_block = torch.empty_like(w, dtype=torch.uint8) if values is not None else None
         if constraint.sparse and together == 1:
             keep = constraint.select((w * root[start:stop, None]).square().T, start).T.contiguous()
         elif constraint.sparse:
             keep = torch.empty_like(w, dtype=torch.bool)
+        strip = Strip(
+            w, U[start:stop, start:stop].contiguous(), keep, torch.empty_like(w), torch.empty_like(w),
+            torch.empty_like(w, dtype=torch.uint8) if values is not None else None,
+        )  # fmt: skip
         for begin in range(0, span, narrow):
             end = min(begin + narrow, span)
-            for i in range(begin, end):
-                column = start + i
-                if keep is not None and together > 1 and i % together == 0:
-                    here = slice(i, i + together)
-                    keep[here] = constraint.select(
-                        (w[here] * root[column : column + together, None]).square().T, column
-                    ).T
-                if constraint.quantized:
-                    if static is not None:
-                        g = int(group_of[column])
-                        params = GridParams(static.scale[g], static.zero[g], static.levels[g])
-                    elif column % group == 0:
+            i = begin
+            while i < end:  # a run of columns at which nothing is chosen or fitted
+                column, after = start + i, end
+                if keep is not None and together > 1:
+                    if i % together == 0:
+                        here = slice(i, i + together)
+                        score = (w[here] * root[column : column + together, None]).square().T
+                        keep[here] = constraint.select(score, column).T
+                    after = min(after, i + together - i % together)
+                if static is not None:
+                    g = int(group_of[column])
+                    params = GridParams(static.scale[g], static.zero[g], static.levels[g])
+                    after = min(after, i + _same(group_of[column : start + after]))
+                elif constraint.quantized:
+                    after = min(after, i + group - column % group)
+                    if column % group == 0:
                         # the block's own columns are newest in `w`, later ones in `W`
                         ahead = [w[i : i + group].T]
                         if keep is not None and together == 1:
@@ -138,30 +142,18 @@ def sweep(
                         fit = constraint.fit(torch.cat(ahead, 1))
                         fitted.append(fit)
                         params = GridParams(fit.scale[:, 0], fit.zero[:, 0], fit.levels[:, 0])
-                value = w[i]
-                q = value
-                if keep is not None:
-                    q = torch.where(keep[i], q, 0.0)  # a product would leave −0.0
-                if params is not None:
-                    code = params.round(q)
-                    assert code_block is not None
-                    code_block[i] = code.to(torch.uint8)
-                    q = params.decode(code)
-                q_block[i] = q
-                e = (value - q) / d[i]
-                errors[i] = e
-                if i + 1 < end:
-                    w[i + 1 : end].addr_(u[i, i + 1 : end], e, alpha=-1)
+                problem.loop(strip, params, i, after, end)
+                i = after
             if end < span:
-                w[end:].addmm_(u[begin:end, end:].T, errors[begin:end], alpha=-1)
-        loss += 0.5 * errors.square().sum(0)
-        Q[:, start:stop] = q_block.T
-        if values is not None and code_block is not None:
-            values[:, start:stop] = code_block.T
+                w[end:].addmm_(strip.u[begin:end, end:].T, strip.errors[begin:end], alpha=-1)
+        loss += 0.5 * strip.errors.square().sum(0)
+        Q[:, start:stop] = strip.q.T
+        if values is not None and strip.codes is not None:
+            values[:, start:stop] = strip.codes.T
         if keep_all is not None and keep is not None:
             keep_all[:, start:stop] = keep.T
         if stop < columns:
-            W[:, stop:].addmm_(errors.T, U[start:stop, stop:], alpha=-1)
+            W[:, stop:].addmm_(strip.errors.T, U[start:stop, stop:], alpha=-1)
 
     if order is not None:
         inverse = order.argsort()
@@ -182,3 +174,9 @@ def _unordered(factor: Factor) -> Tensor:
     dead = torch.zeros_like(factor.dead)
     dead[factor.order] = factor.dead
     return dead
+
+
+def _same(groups: Tensor) -> int:
+    """How many of the first entries are equal."""
+    other = (groups != groups[0]).nonzero()
+    return int(other[0]) if len(other) else len(groups)

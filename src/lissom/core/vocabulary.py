@@ -9,7 +9,7 @@ from .grid import Codes, Grid, GridParams
 from .method import Method
 from .problem import Budget, LayerSummary, Problem, Solved
 from .rotation import Rotation
-from .stats import Stats, gram_product, histogram_entropy, merge
+from .stats import Stats, Tally, gram_product, histogram_entropy, merge
 from .stored import (
     Affine,
     Binary,

@@ -4,9 +4,24 @@ import sys
 from types import ModuleType
 
 from .perplexity import evaluate, forward, token_losses
+from .similarity import embeddings, is_encoder, pieces, similarity
 from .text import NAMED, fingerprint, load_text, samples, tokenize, windows
 
-__all__ = ["NAMED", "evaluate", "fingerprint", "forward", "load_text", "samples", "token_losses", "tokenize", "windows"]
+__all__ = [
+    "NAMED",
+    "embeddings",
+    "evaluate",
+    "fingerprint",
+    "forward",
+    "is_encoder",
+    "load_text",
+    "pieces",
+    "samples",
+    "similarity",
+    "token_losses",
+    "tokenize",
+    "windows",
+]
 
 
 class _Room(ModuleType):

@@ -109,7 +109,9 @@ def evaluate(
     checkpoint = open_model(source)
     model = Model(checkpoint)
     if not model.has_head:
-        raise CheckpointError(f"{source} has no language-model head: perplexity needs a decoder")
+        raise CheckpointError(
+            f"{source} has no language-model head: perplexity needs a decoder, `similarity` judges encoders"
+        )
     tokenizer = checkpoint.tokenizer()
     ids = windows(tokenize(tokenizer, load_text(str(data))), count, length)
     if against is not None:

@@ -3,15 +3,19 @@
 from ..core import FormatError
 from .compressed import CompressedTensors
 from .dense import Dense
-from .layout import Codec, LayerPlan, Layout, StoredLayer
+from .gptq import GPTQ
+from .integer import IntegerModel, is_integer, load_encoder, write_integer
+from .layout import Codec, LayerPlan, Layout, StoredLayer, form_name
 from .opened import OpenedCheckpoint, open_model
 from .packed import Packed, expected_bytes, packed_bits
-from .restore import load, unpack
+from .restore import dtype_of, load, unpack
 from .to_gguf import export_gguf
+from .to_onnx import export_onnx
 from .writer import ArtefactWriter
 
 CODECS: dict[str, Codec] = {
-    codec.name: codec for codec in (Dense(), Packed(), CompressedTensors(), CompressedTensors("int-quantized"))
+    codec.name: codec
+    for codec in (Dense(), Packed(), CompressedTensors(), CompressedTensors("int-quantized"), GPTQ(), GPTQ(version=2))
 }
 
 
@@ -24,20 +28,28 @@ def codec_named(name: str) -> Codec:
 
 __all__ = [
     "CODECS",
+    "GPTQ",
     "ArtefactWriter",
     "Codec",
     "CompressedTensors",
     "Dense",
+    "IntegerModel",
     "LayerPlan",
     "Layout",
     "OpenedCheckpoint",
     "Packed",
     "StoredLayer",
     "codec_named",
+    "dtype_of",
     "expected_bytes",
     "export_gguf",
+    "export_onnx",
+    "form_name",
+    "is_integer",
     "load",
+    "load_encoder",
     "open_model",
     "packed_bits",
     "unpack",
+    "write_integer",
 ]

@@ -43,6 +43,8 @@ class CompressedTensors:
     int8 whatever ``format`` says: engines have kernels for that form.
     """
 
+    reader = "compressed_tensors"
+
     def __init__(self, format: Format = "pack-quantized", zero_points: bool = False, cache: CacheGrid | None = None):
         self.cache = cache
         self.format: Format = format
@@ -102,6 +104,8 @@ class CompressedTensors:
         return layer if pattern == "dense" else StoredLayer(codes, layer.weight != 0, pattern)
 
     def check(self, layer: LayerPlan) -> list[str]:
+        if layer.form is not None:
+            return [f"{layer.name}: {self.name} has no form {layer.form}; use format packed, or dense"]
         if layer.bits is None:
             return []
         out = []

@@ -15,6 +15,7 @@ class Dense:
     """Holds every recipe and shrinks nothing. Rounds quantized weights once, to the artefact's dtype."""
 
     name = "dense"
+    reader = "transformers"
 
     def encode(self, solved: Solved, layout: Layout) -> dict[str, Tensor]:
         weight = stored_values(solved.weight, layout.dtype)

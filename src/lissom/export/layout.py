@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..core import Codes, FormatError, Solved, Stored
+from ..core import Codes, FormatError, Levels, Solved, Stored
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -50,7 +50,8 @@ def parse_pattern(pattern: str) -> tuple[int, int] | None:
 class LayerPlan:
     """A layer as a recipe will make it, for :meth:`Codec.check`. ``bits`` None: not quantized.
 
-    ``shape`` (out, in); ``group_size`` None: one scale for each row; ``kind``: "linear" or "embedding".
+    ``shape`` (out, in); ``group_size`` None: one scale for each row; ``kind``: "linear" or "embedding". ``form``: of what is no
+    uniform grid, see :func:`form_name`.
     """
 
     name: str
@@ -61,6 +62,7 @@ class LayerPlan:
     symmetric: bool = False
     transposed: bool = False
     kind: str = "linear"
+    form: str | None = None
 
 
 @dataclass(frozen=True)
@@ -88,11 +90,21 @@ class StoredLayer:
         return self.values
 
 
+def form_name(form: Stored) -> str:
+    """The table's name of a codebook alone, else the form's own: "e4m3", "nvfp4", "scaled", …"""
+    return form.name if isinstance(form, Levels) else type(form).__name__.lower()
+
+
 class Codec(Protocol):
     """Solved layer → tensors with local names and back, for one format."""
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def reader(self) -> str | None:
+        """The package by which transformers loads the format; None when it cannot."""
+        ...
 
     def encode(self, solved: Solved, layout: Layout) -> dict[str, Tensor]:
         """Tensors for the file, by local name ("weight", "codes", …)."""

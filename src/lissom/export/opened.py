@@ -20,6 +20,10 @@ from .compressed import METHOD as COMPRESSED
 from .compressed import RUN_NAMES, CompressedTensors, entry_from_config, operators_from_config
 from .files import verify_file
 from .forms import form_names
+from .gptq import GPTQ
+from .gptq import LOCAL_NAMES as GPTQ_NAMES
+from .gptq import METHOD as GPTQ_METHOD
+from .gptq import entry_from_config as gptq_entry
 from .layout import DTYPES, Codec, StoredLayer, shape_of
 from .masks import MASK_NAMES
 from .packed import VERSION, Packed
@@ -28,7 +32,7 @@ _PACKED_NAMES = ("codes", "values", "scale", "zero", *MASK_NAMES)
 
 
 class OpenedCheckpoint:
-    """A :class:`~lissom.models.Checkpoint` that decodes. ``format``: dense, packed, compressed-tensors or gguf.
+    """A :class:`~lissom.models.Checkpoint` that decodes. ``format``: dense, packed, compressed-tensors, gptq or gguf.
 
     Files with a checksum are verified when the first of their tensors is read; :class:`FormatError` when damaged.
     """
@@ -73,6 +77,11 @@ class OpenedCheckpoint:
     def _quantized(self, quantization: Mapping[str, Any]) -> None:
         method = quantization.get("quant_method")
         if method == "lissom":
+            if quantization.get("format") == "integer":
+                raise CheckpointError(
+                    f"{self.source} holds an encoder in integers, without float weights: `lissom evaluate` judges it, "
+                    "lissom.load_encoder runs it"
+                )
             self.format, self._codec = "packed", Packed()
             if quantization.get("version") != VERSION:
                 raise FormatError(
@@ -94,10 +103,16 @@ class OpenedCheckpoint:
                     self._local[layer] = self._find(layer, COMPRESSED_NAMES)
                     entry = entry_from_config(quantization, layer, self._local[layer])
                     self.entries[layer] = entry | {"shape": self._compressed_shape(layer)}
+        elif method == GPTQ_METHOD:
+            self.format, self._codec = GPTQ_METHOD, GPTQ()
+            for name in [n for n in self._files if n.endswith(".qweight")]:
+                layer, header = name.removesuffix(".qweight"), self._files[name][1]
+                self._local[layer] = self._find(layer, GPTQ_NAMES)
+                self.entries[layer] = gptq_entry(quantization, layer, tuple(header.shape), header.dtype)
         else:
             raise CheckpointError(
                 f"{self.source} is quantized by {method!r}, which lissom does not read; it reads its own packed form, "
-                "compressed-tensors and GGUF"
+                "compressed-tensors, GPTQ and GGUF"
             )
 
     def _find(self, layer: str, names: Iterable[str]) -> dict[str, str]:
@@ -187,7 +202,7 @@ class OpenedCheckpoint:
 
 
 def open_model(source: str | Path | Checkpoint) -> OpenedCheckpoint:
-    """Open a dense, packed or compressed-tensors directory, a GGUF file, a hub id or "demo"; nothing is loaded.
+    """Open a dense, packed, compressed-tensors or GPTQ directory, a GGUF file, a hub id or "demo"; nothing is loaded.
 
     Raises :class:`CheckpointError` when there is no such checkpoint, :class:`FormatError` for a packed one of an
     unknown version.

@@ -49,6 +49,7 @@ class Packed:
     """Bit-exact for every form that a solver makes."""
 
     name = "packed"
+    reader = None
 
     def encode(self, solved: Solved, layout: Layout) -> dict[str, Tensor]:
         if (form := _form(solved)) is not None:

@@ -29,7 +29,7 @@ def unpack(source: str | Path | Checkpoint, out: str | Path, dtype: str | torch.
     ``out`` exists or the disk is full.
     """
     checkpoint, target = open_model(source), Path(out)
-    kind = _dtype(checkpoint, dtype)
+    kind = dtype_of(checkpoint, dtype)
     if target.exists():
         raise OutputError(f"{target} exists; choose another directory or remove it")
     _refuse_problems(checkpoint)
@@ -61,7 +61,7 @@ def load(source: str | Path | Checkpoint, dtype: str | torch.dtype = "auto") -> 
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
     checkpoint = open_model(source)
-    kind = _dtype(checkpoint, dtype)
+    kind = dtype_of(checkpoint, dtype)
     _refuse_problems(checkpoint)
     if read_operators(getattr(checkpoint.config, KEY, None)).turns:
         raise FormatError(
@@ -83,7 +83,8 @@ def _refuse_problems(checkpoint: OpenedCheckpoint) -> None:
         raise CheckpointError(f"{checkpoint.source} cannot be used:\n" + "\n".join(problems))
 
 
-def _dtype(checkpoint: OpenedCheckpoint, dtype: str | torch.dtype) -> torch.dtype:
+def dtype_of(checkpoint: OpenedCheckpoint, dtype: str | torch.dtype) -> torch.dtype:
+    """``auto``: the dtype of the checkpoint's config, float16 for GGUF. Raises :class:`RecipeError` for unknown names."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":

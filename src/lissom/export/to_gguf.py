@@ -9,7 +9,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import Codes, FormatError, OutputError, RecipeError
+from ..core import Affine, Codes, FormatError, Levels, OutputError, RecipeError
 from ..models import Checkpoint
 from ..models.operators import KEY, read_operators
 from .ggml_blocks import BLOCK, QUANTIZED, blocks_fit, encode_blocks, exact_types, q4_1_error
+from .layout import StoredLayer
 from .opened import OpenedCheckpoint, open_model
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")  # by model_type; the first two rotate neighbours in llama.cpp
@@ -50,7 +51,7 @@ def export_gguf(
 ) -> dict[str, Any]:
     """Write ``out`` (.gguf) and return {"types": tensors by type, "exact": bool, "notes": [...], "bytes": size}.
 
-    ``type``: "auto" takes for each matrix the smallest type that holds it exactly (Q4_0, Q5_0, Q8_0, F16, BF16, F32);
+    ``type``: "auto" takes for each matrix the smallest type that holds it exactly (Q4_0, Q5_0, Q8_0, Q4_1, MXFP4, F16, …);
     a block type is used for all quantized-size matrices of the blocks. Where that is not exact, ``requantize`` allows
     rounding the decoded weights again, which the notes say; without it a :class:`FormatError` lists the layers.
     Embedding and head keep their own codes, or F16. Raises :class:`OutputError` when ``out`` exists or cannot be
@@ -111,7 +112,7 @@ def _choose(checkpoint: OpenedCheckpoint, wanted: str, requantize: bool, notes: 
             continue
         stored = checkpoint.layer(module)
         in_block = name.startswith("blk.")
-        exact = exact_types(stored.codes) if stored.codes is not None else []
+        exact = exact_types(_held(stored))
         if wanted == "F16" or (not exact and (wanted == "auto" or not in_block)):
             kind = "F16" if wanted == "F16" or not in_block else _float_type(stored.weight)
             if kind == "F16" and not torch.equal(stored.weight.half().float(), stored.weight):
@@ -155,6 +156,11 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
+def _held(stored: StoredLayer) -> Any:
+    """The codes, or whatever form stands for them, None of plain weights."""
+    return stored.codes if stored.codes is not None else stored.form
+
+
 def _fits(codes: Codes) -> bool:
     return blocks_fit(codes.values.shape[1], codes.group_size)
 
@@ -175,13 +181,12 @@ def _data(checkpoint: OpenedCheckpoint, tensor: _Tensor) -> np.ndarray:
         value = checkpoint.tensor(tensor.source).float()
         return (value if order is None else value[order]).numpy()
     stored = checkpoint.layer(tensor.source.removesuffix(".weight"))
-    codes = stored.codes
-    if codes is not None and order is not None:
-        codes = replace(codes, values=codes.values[order], scale=codes.scale[order], zero=codes.zero[order])
-    if codes is not None and tensor.type in QUANTIZED:
-        close = tensor.type == "Q4_1" and codes.bits <= 4 and _fits(codes)
+    codes = _held(stored)
+    if isinstance(codes, Codes | Affine | Levels) and tensor.type in QUANTIZED:
+        close = tensor.type == "Q4_1" and isinstance(codes, Codes) and codes.bits <= 4 and _fits(codes)
         if close or tensor.type in exact_types(codes):
-            return encode_blocks(codes, tensor.type)
+            rows = encode_blocks(codes, tensor.type)
+            return rows if order is None else rows[order.numpy()]
     weight = stored.weight if order is None else stored.weight[order]
     if tensor.type in ("F16", "F32"):
         return weight.numpy().astype(np.float16 if tensor.type == "F16" else np.float32)

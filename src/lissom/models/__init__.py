@@ -2,6 +2,7 @@
 
 from .architectures import ARCHITECTURES, Architecture, architecture_of, known_types, registered
 from .checkpoint import Checkpoint, DirectoryCheckpoint, demo_file, fingerprint, load_tokenizer, open_checkpoint
+from .encoder import encoder_of, encoder_problem
 from .forward import Block, Linear, Run
 from .model import Model
 from .operators import BlockOperators, InputGrid, Operators
@@ -21,6 +22,8 @@ __all__ = [
     "Run",
     "architecture_of",
     "demo_file",
+    "encoder_of",
+    "encoder_problem",
     "fingerprint",
     "known_types",
     "load_tokenizer",

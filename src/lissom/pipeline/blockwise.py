@@ -52,9 +52,10 @@ def work_on_block(
 ) -> list[LayerResult]:
     """The results with the solutions that the chain of block steps makes of them."""
     solved = {r.layer.name: r.solved for r in results}
+    free = frozenset(r.layer.name for r in results if r.pattern == "unstructured")
     forward = forward_of(block)
     for step in steps:
-        problem = BlockProblem(solved, inputs, dense_inputs, targets, forward, block.number)
+        problem = BlockProblem(solved, inputs, dense_inputs, targets, forward, block.number, free=free)
         solved = step.method.run(problem, step.config)
         for name, one in solved.items():
             if not bool(torch.isfinite(one.weight).all()):

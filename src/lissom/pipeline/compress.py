@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import tempfile
 import time
@@ -35,6 +34,7 @@ from .blockwise import block_steps, dense_targets, work_on_block
 from .data import CalibrationSet, embed, load_calibration
 from .folding import folded_model
 from .healing import heal, training_steps
+from .integer import compress_integer, integer_step, plan_integer
 from .lock import alone
 from .operating import calibrator, operated, samples_for, with_scales
 from .planning import Plan
@@ -45,6 +45,7 @@ from .sizing import check_target, chosen_save, expectation, size_budgets, with_c
 from .stream import Extras, LayerResult, Spill, histogram_bins, solve_stage, stream_block
 from .structured import smaller_model
 from .structured_targets import with_targets
+from .summary import peak_memory, versions
 from .trials import Budgets
 from .verify import verify
 from .workdir import check_writable, dump_json, first_sample, hidden_files, keep_hidden, start
@@ -67,6 +68,8 @@ def plan(
     """
     checked = recipes.read(recipe, overrides)
     model = Model(open_model(source))
+    if integer_step(checked):
+        return plan_integer(model, checked)
     checked, _ = with_targets(model, checked)
     made = structured_plan(model, checked, Path(out) if out else None)
     if checked.target is None:
@@ -107,6 +110,8 @@ def compress(
     checked = recipes.read(recipe, overrides)
     work = target.with_name(target.name + ".partial")
     with alone(work):
+        if integer_step(checked):
+            return compress_integer(Model(open_model(source)), str(source), target, work, checked, note, command)
         return _compress(source, target, work, checked, resume, spill, tick, note, command)
 
 
@@ -204,7 +209,7 @@ def _compress(
         "healing": healing,
         "layers": [asdict(r) for r in records],
         "dense_bytes": checkpoint.bytes,
-        "versions": _versions(),
+        "versions": versions(),
     }
     after = artefact.close()
     size = sum(after.values())
@@ -225,7 +230,7 @@ def _compress(
     timings = {
         "seconds": time.perf_counter() - started,
         "stages": stages,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": peak_memory(),
         "calibration_tokens": data.ids.numel(),
     }
     dump_json(work / "manifest.json", manifest)
@@ -377,13 +382,3 @@ def _cluster(budgets: Budgets, layer: Linear) -> int | None:
         if layer.name in budget.cluster:
             return budget.cluster[layer.name]
     return None
-
-
-def _versions() -> dict[str, str]:
-    import platform
-    from importlib.metadata import version
-
-    return {
-        "python": platform.python_version(),
-        **{p: version(p) for p in ("torch", "transformers", "compressed-tensors")},
-    }

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..core import Both, Budget, Factor, Grid, Problem, Stack, Stats, sweep
+from ..kernels.columns import column_loop
 from ..methods.allocate.spend import Option
 from ..models import Linear, Model
 from . import gradients
@@ -166,7 +167,7 @@ def _curves(
             for layer in layers:
                 budget = Budget("sparsity", {layer.name: s}, {}, {layer.name: b})
                 stacked.append((layer.rows, constraint_for(layer, step.constraint, budget)))
-        problem = Problem(W.repeat(len(some), 1), stats, Stack(tuple(stacked)), (), None, factors)
+        problem = Problem(W.repeat(len(some), 1), stats, Stack(tuple(stacked)), (), None, factors, loop=column_loop())
         solved = sweep(problem, problem.factor(getattr(step.config, "damping", 0.01)))
         row = 0
         for pair in some:

@@ -25,6 +25,7 @@ from ..train import (
     Training,
     cache_teacher,
     held_out_loss,
+    loss_against,
     loss_against_cache,
     solved_of,
     train,
@@ -86,7 +87,8 @@ def heal(
     tick: Tick | None = None,
 ) -> Healed:
     """Train the model whose parts ``artefact`` holds against ``dense``; ``data``: text, where the step names none.
-    Where ``dense`` is larger than ``model`` (structured steps came before), every layer is trained, else the solved ones.
+    The solved layers are trained; every layer where ``dense`` is larger than ``model`` (structured steps came before), or
+    where nothing was solved because the source was compressed before: then its zeros stay where a layer has many of them.
 
     The state lives in ``folder``: a killed training goes on from there, and one killed while the parts are written again
     writes them all once more. ``ids`` (1, tokens): a sample to compare the reloaded artefact with.
@@ -101,15 +103,19 @@ def heal(
         )
     judged = windows(tokens[-apart:], config.held_out, config.length)
     batches = Batches(tokens[:-apart], config.length, config.batch, config.seed)
-    student, before = _student(model, artefact, records, config, everything=_shrunk(dense, model))
+    student, before = _student(
+        model, artefact, records, config, everything=_shrunk(dense, model) or not _solves(records)
+    )
     teacher = teacher_of(dense, step)
     if config.cache:
         loss = _cached_loss(teacher, student, batches, config, folder / "teacher")
     else:
-        loss = _loss(teacher, student, step)
+        loss = loss_against(
+            student, Network(teacher), config.objective(), lambda *outputs: step.method.run(*outputs[:3], config)
+        )
     settings = Training(
         steps=config.steps, minutes=config.minutes, accumulate=config.accumulate, learning_rate=config.learning_rate,
-        warmup=config.warmup, ema=config.ema, patience=config.patience, evaluate_every=config.evaluate_every,
+        warmup=config.warmup, rewind=config.rewind, ema=config.ema, patience=config.patience, evaluate_every=config.evaluate_every,
         precision=config.precision, save_every=4 * config.evaluate_every,
     )  # fmt: skip
     state = train(
@@ -130,21 +136,6 @@ def heal(
     return Healed(new, hidden, history)
 
 
-def _loss(dense: Model, student: Network, step: Step) -> Callable[[Tensor], Tensor]:
-    """Of the student beside the dense model, which runs along where a term of the loss needs it."""
-    config = step.config
-    teacher = Network(dense)
-
-    def loss(batch: Tensor) -> Tensor:
-        wants_hidden = config.hidden > 0
-        ours = student.forward(batch, hidden=wants_hidden)
-        with torch.no_grad():
-            theirs = teacher.forward(batch, hidden=wants_hidden) if config.objective().needs_teacher else None
-        return step.method.run(ours, theirs, batch, config)
-
-    return loss
-
-
 def _cached_loss(
     dense: Model, student: Network, batches: Batches, config: Any, folder: Path
 ) -> Callable[[Tensor], Tensor]:
@@ -160,6 +151,10 @@ def _cached_loss(
 
 def _shrunk(dense: Model, model: Model) -> bool:
     return dense.blocks != model.blocks or dense.linears(0) != model.linears(0)
+
+
+def _solves(records: Sequence[LayerRecord]) -> bool:
+    return any(r.error is not None for r in records)
 
 
 def _student(
@@ -179,7 +174,7 @@ def _student(
                 block.set_weight(name, block.weight(name).to(artefact.dtype).float())
                 if not everything:
                     continue
-            layer = stored.get(name) or StoredLayer(None, None, "dense", block.weight(name))
+            layer = stored.get(name) or StoredLayer(None, _zeros_of(block.weight(name)), "dense", block.weight(name))
             block.set_weight(name, layer.weight)
             mask = layer.mask if by_name[name].sparsity > 0 else None
             legal = Legal(mask, layer.codes)
@@ -192,6 +187,14 @@ def _student(
             rest = [k for k, v in block.parameters.items() if v.dim() == 1 and v.is_floating_point()]
             student.forms |= {k: Latent(block.parameters[k].clone()) for k in rest}
     return student, stored
+
+
+_PRUNED = 0.05  # a dense layer with more zeros than this was pruned, and its zeros stay
+
+
+def _zeros_of(weight: Tensor) -> Tensor | None:
+    mask = weight != 0
+    return None if float((~mask).float().mean()) <= _PRUNED else mask
 
 
 def _write(

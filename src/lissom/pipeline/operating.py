@@ -76,7 +76,12 @@ def operator_problems(model: Model, recipe: Recipe) -> list[str]:
                 problems.append(f"{step.name}: `only` names no layer of this model (roles: {roles})")
         elif isinstance(step.config, KVCache):
             problems += _cache_problems(model, step)
-    return problems + _format_problems(model, recipe, operators_of(model, recipe))
+    solvers = [s for s in recipe.steps if s.method.kind == "solver" and s.constraint.bits != 16]
+
+    def has_bits(layer: Linear) -> bool:
+        return any(wanted(layer, s.constraint) for s in solvers)
+
+    return problems + format_problems(model, recipe.save.format, operators_of(model, recipe), has_bits)
 
 
 def _cache_problems(model: Model, step: Step) -> list[str]:
@@ -93,17 +98,18 @@ def _cache_problems(model: Model, step: Step) -> list[str]:
     return out
 
 
-def _format_problems(model: Model, recipe: Recipe, operators: Operators) -> list[str]:
-    """dense and packed keep every operator in config.json; compressed-tensors has words for some."""
+def format_problems(model: Model, format: str, operators: Operators, has_bits: Callable[[Linear], bool]) -> list[str]:
+    """What of the operators ``format`` cannot hold: compressed-tensors has words for some, config.json of the others for all."""
     out = []
-    if recipe.save.format != "compressed-tensors":
+    if format not in ("compressed-tensors", "int-quantized"):
         return out
+    if operators.turns:
+        out.append("quarot: compressed-tensors cannot hold the run-time rotation (online); use format packed")
     if operators.activations:
-        solvers = [s for s in recipe.steps if s.method.kind == "solver" and s.constraint.bits != 16]
         stages = operators.activations.stages
         bare = [
             la for i in range(model.blocks) for la in model.linears(i)
-            if la.stage in stages and not any(wanted(la, s.constraint) for s in solvers)
+            if la.stage in stages and not has_bits(la)
         ]  # fmt: skip
         if bare:
             out.append(

@@ -86,6 +86,12 @@ def make_plan(model: Model, recipe: Recipe, out: Path | None = None, calibration
         problems.append(
             f"{trained[0].name}: format dense keeps no grid, so training would leave it; save as packed or compressed-tensors"
         )
+    stored = getattr(model.checkpoint, "format", "dense")
+    if trained and not solvers and stored not in ("dense", "planned"):
+        problems.append(
+            f"{trained[0].name}: {model.checkpoint.source} is stored as {stored}, whose masks and grids would be lost by "
+            "training alone; start from the dense model and put the training into the recipe that compressed it"
+        )
     positions, length = getattr(model.config, "max_position_embeddings", None), recipe.calibration.length
     if positions and length > positions:
         text = f"calibration: samples of {length} tokens are longer than the {positions} positions of the model"

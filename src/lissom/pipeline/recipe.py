@@ -25,6 +25,8 @@ from typing import Any, Literal
 import yaml
 
 from ..core import Method, RecipeError
+from ..export import CODECS
+from ..export.integer import FORMAT as INTEGER
 from ..methods import METHODS
 from .constraints import ConstraintSettings, pruning_problems, textless_problems
 from .settings import build, suggest
@@ -33,7 +35,7 @@ from .target import Target, problems_of
 
 @dataclass(frozen=True)
 class Save:
-    """``format`` packed|dense|compressed-tensors; ``dtype`` of what is not quantized: auto|float16|bfloat16|float32;
+    """``format`` packed|dense|compressed-tensors|int-quantized|gptq|gptq-v2; ``dtype`` of what is not quantized: auto|float16|bfloat16|float32;
     ``embedding_bits`` 2–8 quantizes embedding and head by rounding to nearest (packed only), 16 leaves them."""
 
     format: str = "dense"
@@ -328,8 +330,14 @@ def _check(recipe: Recipe) -> list[str]:
         if step.method.kind == "fold" and (c.prunes or c.pattern != "unstructured"):
             out.append(f"{where}: {step.name} does not prune; put a pruning step after it")
         mendable = {"solver"} if step.method.kind == "block" else {"solver", *STRUCTURED}
-        if step.method.kind in ("block", "training") and not kinds & mendable:
-            out.append(f"{where}: {step.name} works on solved layers; put a pruning or quantization step before it")
+        alone = step.method.kind == "training" and bool(getattr(step.config, "teacher", ""))
+        if step.method.kind in ("block", "training") and not kinds & mendable and not alone:
+            own = (
+                ", or name the teacher of a model that is compressed already" if step.method.kind == "training" else ""
+            )
+            out.append(
+                f"{where}: {step.name} works on solved layers; put a pruning or quantization step before it{own}"
+            )
         if step.method.kind == "block" and any(s.method.kind == "solver" for s in recipe.steps[i:]):
             out.append(f"{where}: {step.name} works on whole blocks; put it after every pruning and quantization step")
         if step.method.kind == "training" and i + 1 < len(recipe.steps):
@@ -406,6 +414,13 @@ def _check(recipe: Recipe) -> list[str]:
             "makes would be lost"
         )
     s = recipe.save
+    whole = [t.name for t in recipe.steps if t.method.kind == "integer"]
+    if whole and len(recipe.steps) > 1:
+        out.append(f"step 1 ({whole[0]}): it makes the whole encoder; take out the other steps")
+    if bool(whole) != (s.format == INTEGER):
+        out.append(
+            f"save: format {INTEGER} belongs to ibert, and ibert to it; this is {s.format} with {recipe.steps[0].name}"
+        )
     if s.format not in FORMATS:
         out.append(f"save: unknown format {s.format!r}{suggest(s.format, FORMATS)}")
     if s.dtype not in ("auto", "float16", "bfloat16", "float32"):
@@ -417,4 +432,4 @@ def _check(recipe: Recipe) -> list[str]:
     return out
 
 
-FORMATS = ("dense", "packed", "compressed-tensors")
+FORMATS = (*CODECS, INTEGER)

@@ -36,9 +36,10 @@ from ..core import (
     Solved,
     Stack,
     Stats,
+    Tally,
     histogram_entropy,
-    merge,
 )
+from ..kernels.columns import column_loop
 from ..models import Block, Linear, Model, Run
 from .layers import constraint_for, wanted
 from .recipe import Step
@@ -130,7 +131,7 @@ def stream_block(
         if spill:
             spill.put(i, runs[i].state)
     for number, stage in enumerate(block.stages):
-        stats: Stats | None = None
+        tally = Tally(stage[0].columns, gram)
         waits = calibrate is not None and block.operators is not None and block.operators.waits(number)
         if waits:
             assert calibrate is not None and block.operators is not None
@@ -144,16 +145,17 @@ def stream_block(
             elif number:
                 run.advance()
             if watch is None or i < watch:
-                seen = Stats.of(run.input().flatten(0, -2), gram)
-                stats = seen if stats is None else merge(stats, seen)
+                tally.add(run.input())
             if spill:
                 spill.put(i, run.state)
-        if stats is None:
+        stats = tally.stats()
+        del tally
+        if not stats.count:
             stats = Stats.white(stage[0].columns, gram)
         elif bins:
             stats = replace(stats, entropy=histogram_entropy(lambda: _inputs(runs[:watch], spill), bins))
         visit(stage, stats)
-        give_back()
+        del stats
     outputs = []
     for i, run in enumerate(runs):
         if spill:
@@ -248,7 +250,9 @@ def _solve_stack(
     W = torch.cat([weights[layer.name] for layer in layers])
     names = tuple(layer.name for layer in layers)
     problem, solved = (
-        Problem(W, stats, Stack(((len(W), Both()),)), names, None, factors, stacked_extras(layers, extras)),
+        Problem(
+            W, stats, Stack(((len(W), Both()),)), names, None, factors, stacked_extras(layers, extras), column_loop()
+        ),
         None,
     )
     patterns = ["dense"] * len(layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ..core import FormatError
 from ..evaluate import forward
-from ..export import open_model
+from ..export import codec_named, open_model
 from ..models import Model, Operators
 
 _TOKENS = 128  # of the first calibration sample, for the comparison of logits
@@ -55,8 +56,11 @@ def verify(
             f"{folder}: the reloaded model's hidden states differ from the run's by {gap:.2e} of their size"
         )
     found["forward"] = f"hidden states of {ids.shape[1]} tokens agree to {gap:.1e}"
-    if manifest["recipe"]["save"]["format"] != "packed":
+    reader = codec_named(manifest["recipe"]["save"]["format"]).reader
+    if reader and importlib.util.find_spec(reader):
         found["transformers"] = _transformers(folder, model, ids, again)
+    elif reader:
+        found["transformers"] = f"not tried: it loads this format by {reader}, which is not installed"
     if note:
         for what, result in found.items():
             note(f"loaded back, {what}: {result}")

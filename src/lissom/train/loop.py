@@ -28,7 +28,7 @@ from torch import Tensor
 from ..core import CalibrationError, NumericalError, OutputError
 from .board import Board
 from .ranks import Ranks
-from .schedules import Shape, rate
+from .schedules import Shape, rate, rewound
 
 STATE = "training.safetensors"
 LOG = "training.jsonl"
@@ -40,7 +40,7 @@ class Training:
 
     ``steps``, or ``minutes`` if that ends first (the schedule follows whichever is further on). ``accumulate``
     micro-batches make one batch. ``learning_rate`` at its peak after ``warmup`` (a fraction), then ``shape`` down to
-    ``floor`` (a fraction). ``clip`` global gradient norm, ``ema`` decay, both None: off. Every ``evaluate_every`` steps the
+    ``floor`` (a fraction); ``rewind``: it starts at this share of the schedule. ``clip`` global gradient norm, ``ema`` decay, both None: off. Every ``evaluate_every`` steps the
     held-out loss is measured; after ``patience`` of them without a new best it ends (None: never); the best leaves are
     what remains, or the last ones if not ``keep_best`` (for trainings that make the model smaller, and so worse, on the way).
     ``precision`` bfloat16: matrix products only, leaves and optimiser stay fp32. ``save_every`` steps: state on disk.
@@ -53,6 +53,7 @@ class Training:
     warmup: float = 0.05
     shape: Shape = "cosine"
     floor: float = 0.0
+    rewind: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     clip: float | None = 1.0
@@ -66,8 +67,8 @@ class Training:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.accumulate < 1 or self.evaluate_every < 1 or self.save_every < 1:
             raise ValueError("steps, accumulate, evaluate_every and save_every must be at least 1")
-        if self.learning_rate <= 0 or not 0 <= self.warmup < 1 or not 0 <= self.floor <= 1:
-            raise ValueError("learning_rate must be positive, warmup in [0, 1) and floor in [0, 1]")
+        if self.learning_rate <= 0 or not 0 <= self.warmup < 1 or not 0 <= self.floor <= 1 or not 0 <= self.rewind < 1:
+            raise ValueError("learning_rate must be positive, warmup and rewind in [0, 1) and floor in [0, 1]")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"ema must be between 0 and 1, not {self.ema}")
         if self.patience is not None and (self.patience < 1 or not self.keep_best):
@@ -135,7 +136,9 @@ def train(
     groups = [
         {"params": [t], "weight_decay": 0.0} if n in (rates or {}) else {"params": [t]} for n, t in leaves.items()
     ]
-    optimiser = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
+    optimiser = torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
+    )
     identity = json.dumps([identity, {k: v for k, v in asdict(config).items() if k != "save_every"}], sort_keys=True)
     state = _load(folder, identity, names, tensors, optimiser) if folder else State()
     if config.ema is not None and not state.ema:
@@ -197,7 +200,8 @@ def train(
         norm = float(torch.nn.utils.clip_grad_norm_(tensors, limit))
         if not math.isfinite(norm):
             raise bad("gradient", step)
-        now = rate(max(progress, 1 / config.steps / 2), config.warmup, config.shape, config.floor)
+        at = rewound(max(progress, 1 / config.steps / 2), config.rewind)
+        now = rate(at, config.warmup, config.shape, config.floor)
         for group, factor in zip(optimiser.param_groups, factors, strict=True):
             group["lr"] = config.learning_rate * now * factor
         optimiser.step()

@@ -17,8 +17,12 @@ from .batches import Batches
 from .student import Network
 
 
-def loss_against(student: Network, teacher: Network | None, config: Objective) -> Callable[[Tensor], Tensor]:
-    """The loss of one batch of ids (sequences, tokens). Raises :class:`CalibrationError` for another vocabulary."""
+def loss_against(
+    student: Network, teacher: Network | None, config: Objective, run: Callable[..., Tensor] = compare
+) -> Callable[[Tensor], Tensor]:
+    """The loss of one batch of ids (sequences, tokens); ``run(ours, theirs, ids, config)`` makes it of both outputs.
+
+    Raises :class:`CalibrationError` for another vocabulary."""
     if teacher is None and config.needs_teacher:
         raise CalibrationError("these losses compare with a teacher: give one, or set only `text`")
     if teacher is not None and teacher.model.config.vocab_size != student.model.config.vocab_size:
@@ -31,10 +35,10 @@ def loss_against(student: Network, teacher: Network | None, config: Objective) -
         inner, qkv = config.hidden > 0, config.attention > 0 or config.relations > 0
         ours = student.forward(ids, hidden=inner, qkv=qkv)
         if teacher is None or not config.needs_teacher:
-            return compare(ours, None, ids, config)
+            return run(ours, None, ids, config)
         with torch.no_grad():
             theirs = teacher.forward(ids, hidden=inner, qkv=qkv)
-        return compare(ours, theirs, ids, config)
+        return run(ours, theirs, ids, config)
 
     return loss
 

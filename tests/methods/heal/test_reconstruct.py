@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lissom.core import NM, BlockProblem, Both, Grid, NumericalError, Problem, Solved, Sparse, Stats
 from lissom.methods.heal.legal import Legal
-from lissom.methods.heal.reconstruct import Reconstruct, rate, reconstruct, relative_error
+from lissom.methods.heal.reconstruct import Reconstruct, _moved, rate, reconstruct, relative_error
 
 
 def _solved(W, constraint):
@@ -136,6 +136,47 @@ def test_inputs_choose_what_the_block_reads():
     assert made["compressed"].notes["block_error_after"] < 0.5 * made["dense"].notes["block_error_after"]
 
 
+def test_weights_change_places_as_a_naive_loop_says():
+    generator = torch.Generator().manual_seed(3)
+    latent, grads = torch.randn(4, 6, generator=generator), torch.randn(5, 4, 6, generator=generator)
+    mask = torch.rand(4, 6, generator=generator) < 0.5
+    latent[~mask] = 0.0
+    before, moments = latent.clone(), {k: torch.ones(4, 6) for k in ("exp_avg", "exp_avg_sq")}
+    new = _moved(Legal(mask, None), latent, list(grads), 0.25, moments).mask
+    F = [[sum(float(g[i, j]) ** 2 for g in grads) / 5 for j in range(6)] for i in range(4)]
+    rows, columns = [sum(r) for r in F], [sum(r[j] for r in F) for j in range(6)]
+    cost, gain = {}, {}
+    for i, j in itertools.product(range(4), range(6)):
+        h = rows[i] * columns[j] / sum(rows)
+        if mask[i, j]:
+            cost[i, j] = float(before[i, j]) ** 2 * h
+        else:
+            gain[i, j] = (sum(float(g[i, j]) for g in grads) / 5) ** 2 / h
+    count = round(0.25 * len(cost))
+    out = set(sorted(cost, key=cost.get)[:count])
+    into = set(sorted(gain, key=gain.get, reverse=True)[:count])
+    assert {tuple(x) for x in new.nonzero().tolist()} == (set(cost) - out) | into
+    for i, j in out | into:
+        assert latent[i, j] == 0 and moments["exp_avg"][i, j] == 0
+    assert torch.equal(latent[new & mask], before[new & mask])
+
+
+def test_masks_that_may_move_find_a_better_support_than_the_one_they_were_given():
+    problem = _linear_block(Sparse(0.7), width=16)
+    W = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+    bad = _solved(W, Sparse(0.7))  # the largest of other weights: a support that has nothing to do with the block
+    problem = dataclasses.replace(problem, solved={"a": bad})
+    config = Reconstruct(epochs=30, learning_rate=0.03, held_back=0.0)
+    still = reconstruct(problem, config)["a"]
+    assert torch.equal(reconstruct(problem, dataclasses.replace(config, reselect=0.3))["a"].mask, bad.mask)  # not free
+    free = dataclasses.replace(problem, free={"a"})
+    moved = reconstruct(free, dataclasses.replace(config, reselect=0.3))["a"]
+    assert int(moved.mask.sum()) == int(bad.mask.sum()) and not moved.weight[~moved.mask].any()
+    assert moved.notes["block_error_after"] < 0.8 * still.notes["block_error_after"]
+    again = reconstruct(free, dataclasses.replace(config, reselect=0.3))["a"]
+    assert torch.equal(moved.weight, again.weight)
+
+
 def test_a_loss_that_is_not_finite_names_block_and_step():
     problem = dataclasses.replace(_linear_block(Sparse(0.5)), number=7, forward=lambda w, x: x @ w["a"].T * torch.nan)
     with pytest.raises(NumericalError, match=r"block 7.*step 1 of"):
@@ -148,7 +189,10 @@ def test_the_rate_rises_then_falls_to_zero():
     assert all(a >= b for a, b in itertools.pairwise(rates[10:])) and rates[-1] < 0.01
 
 
-@pytest.mark.parametrize("bad", [{"epochs": 0}, {"learning_rate": 0.0}, {"held_back": 1.0}, {"warmup": -0.1}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"epochs": 0}, {"reselect": 1.0}, {"rounds": 0}, {"learning_rate": 0.0}, {"held_back": 1.0}, {"warmup": -0.1}],
+)
 def test_settings_out_of_range_are_refused(bad):
     with pytest.raises(ValueError):
         Reconstruct(**bad)

@@ -170,6 +170,7 @@ template <class B> void block(int r, int k, const float *a, int64_t lda, const B
 } // namespace
 } // namespace lissom
 
+#include "columns_ops.h"
 #if defined(LISSOM_AVX512)
 #include "strip_avx512.h"
 #elif defined(LISSOM_AVX2)
@@ -192,7 +193,7 @@ const Ops *LISSOM_OPS() {
     (defined(LISSOM_WANT_NEON) && !defined(LISSOM_NEON))
     return nullptr;
 #else
-    static const Ops table = {LISSOM_OPS_NAME, strip, quantize, block<uint16_t>, block<int8_t>, nibbles, exps, rmsnorm, silu_mul, bcq_strip};
+    static const Ops table = {LISSOM_OPS_NAME, strip, quantize, block<uint16_t>, block<int8_t>, nibbles, exps, rmsnorm, silu_mul, bcq_strip, decide};
     return &table;
 #endif
 }

@@ -26,6 +26,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "columns.h"
+
 namespace lissom {
 
 enum Kind : int32_t { D2 = 2, D3 = 3, D4 = 4, D6 = 6, D8 = 8, NM4 = 104, NM8 = 108, N24 = 124 };
@@ -69,6 +71,8 @@ struct Ops { // one table for each instruction set
     void (*silu_mul)(float *gate, const float *up, int n); // gate = silu(gate) * up
     // strip of binary-coded weights, see linear.h
     void (*bcq)(const uint8_t *strip, int tiles, int G, int bits, const int8_t *table, const Acts &, int t, float *out);
+    // rows `from … to - 1` of a run of columns of a sweep
+    void (*decide)(const ColumnRun &, int64_t from, int64_t to);
 };
 
 // Null when the compiler or the target has none.

@@ -16,6 +16,7 @@ a relative error of a block that writes most of the stream (the first ones, ofte
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 from torch import Tensor
@@ -39,7 +40,7 @@ def layer_losses(
         if estimate == "C":
             rows = [r.stop - r.start for r, _ in problem.constraint.slices()]
             stack = Stack(tuple((n, Both(Sparse(target))) for n in rows))
-            losses = sweep(Problem(problem.weight, problem.stats, stack), problem.factor(damping)).error
+            losses = sweep(replace(problem, constraint=stack, start=None), problem.factor(damping)).error
         else:
             losses = None
         for rows, _ in problem.constraint.slices():

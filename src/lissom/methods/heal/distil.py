@@ -1,6 +1,6 @@
 """Healing by distillation: the whole compressed model trained against the dense one, on its masks and grids.
 
-    minimise over θ   a · next token  +  b · T² KL(dense ‖ student)  +  c · hidden states
+    minimise over θ   a · next token  +  b · T² KL(dense ‖ student)  +  c · hidden states  +  d · attention  +  e · relations
 
 Sparse weights stay on their mask, quantized ones on their grid with fixed scales, trained straight-through; so the
 artefact keeps its format and its size. ``rank`` > 0 trains a low-rank update (LoRA) instead of every kept weight: less
@@ -27,7 +27,9 @@ class Heal:
     after ``patience`` judgements without a better one the training ends. ``ema``: decay of an average of the weights, which
     is then what is judged and kept. ``recompute``: inner activations are made again for the backward pass, not kept.
     ``cache`` > 0: the teacher's so many largest log-probabilities are written to disk first, and the teacher let go.
-    ``tensorboard``: a folder for curves. ``teacher``: a checkpoint to learn from; empty: the model before compression."""
+    ``hidden``, ``attention``, ``relations``: weights of matching hidden states (of ``layers``), attention maps and query, key
+    and value relations. ``rewind``: the learning rate starts where its schedule is at this share, as in a training that is
+    run again from there. ``tensorboard``: a folder for curves. ``teacher``: a checkpoint to learn from; empty: the model before compression."""
 
     steps: int = 500
     minutes: float | None = None
@@ -45,6 +47,10 @@ class Heal:
     temperature: float = 1.0
     hidden: float = 0.0
     distance: Distance = "normalised"
+    layers: Literal["uniform", "last"] = "uniform"
+    attention: float = 0.0
+    relations: float = 0.0
+    rewind: float = 0.0
     ema: float | None = None
     patience: int | None = None
     recompute: bool = False
@@ -69,18 +75,21 @@ class Heal:
             raise ValueError(f"patience must be at least 1, not {self.patience}")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"ema must be between 0 and 1, not {self.ema}")
-        plain = self.logits > 0 and self.kind == "forward" and self.temperature == 1 and not self.hidden
+        if not 0 <= self.rewind < 1:
+            raise ValueError(f"rewind must be at least 0 and below 1, not {self.rewind}")
+        inner = self.hidden or self.attention or self.relations
+        plain = self.logits > 0 and self.kind == "forward" and self.temperature == 1 and not inner
         if self.cache < 0 or (self.cache and (not plain or self.minutes is not None)):
             raise ValueError(
                 "cache holds the largest log-probabilities of a known number of steps: it must not be negative, and needs "
-                "logits > 0, kind forward, temperature 1, hidden 0 and no minutes"
+                "logits > 0, kind forward, temperature 1, hidden, attention and relations 0, and no minutes"
             )
         self.objective()
 
     def objective(self) -> Objective:
         return Objective(
             text=self.text, logits=self.logits, kind=self.kind, temperature=self.temperature, hidden=self.hidden,
-            distance=self.distance,
+            distance=self.distance, layers=self.layers, attention=self.attention, relations=self.relations,
         )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -33,7 +33,8 @@ class Outputs(Protocol):
 class Objective:
     """Weights of the terms: ``text`` next-token loss, ``logits`` divergence of ``kind`` at ``temperature``, ``hidden``
     ``distance`` of hidden states, ``attention`` KL of attention maps of the last block, ``relations`` KL of its query, key
-    and value relations. Teacher layers are spread evenly over the student's."""
+    and value relations. ``layers``: which of the teacher's the student's hidden states are compared with: spread evenly
+    (``uniform``), or its ``last`` ones."""
 
     text: float = 0.0
     logits: float = 1.0
@@ -43,6 +44,7 @@ class Objective:
     distance: losses.Distance = "normalised"
     attention: float = 0.0
     relations: float = 0.0
+    layers: Literal["uniform", "last"] = "uniform"
 
     def __post_init__(self) -> None:
         weights = (self.text, self.logits, self.hidden, self.attention, self.relations)
@@ -67,7 +69,8 @@ def compare(ours: Outputs, theirs: Outputs | None, ids: Tensor, config: Objectiv
         value = losses.divergence(ours.logits, theirs.logits, config.kind, config.temperature)
         total = total + config.logits * value
     if config.hidden:
-        layers = losses.uniform_map(len(ours.hidden), len(theirs.hidden))
+        spread = {"uniform": losses.uniform_map, "last": losses.last_map}[config.layers]
+        layers = spread(len(ours.hidden), len(theirs.hidden))
         total = total + config.hidden * losses.hidden(ours.hidden, theirs.hidden, layers, config.distance)
     if config.attention:
         total = total + config.attention * losses.attention(attention_map(ours), attention_map(theirs))

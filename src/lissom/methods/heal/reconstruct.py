@@ -8,12 +8,21 @@ No gradient crosses the block, so memory and time are those of one block, and it
 in turns. Dividing by each token's own norm matters: the next block normalises its input, and a few tokens (the first
 of a text above all) have norms hundreds of times larger, which a plain mean would fit and nothing else.
 
+``reselect`` > 0 lets the masks of unstructured layers move: at ``rounds`` moments of the first 60% of the steps, that share of
+a layer's kept weights, those whose removal costs least, changes places with the removed ones that would help most:
+
+    cost  θ² h        gain  ḡ² / h        h_ij = r_i c_j / Σ r,   r, c: sums of E[g²] over rows and columns
+
+with g the gradients of single samples at *all* weights, ḡ their mean: the diagonal of the Fisher matrix stands for the
+Hessian, smoothed to rank one as it is for one layer (outputs' gradient times input; Adafactor, arXiv 1804.04235). Growing by
+gradient is RigL's rule (arXiv 1911.11134). The number of zeros stays.
+
 Some samples are held back; the weights of the epoch with the least held-back error are returned, so training never
 makes the held-back error worse than that of the solver.
 
 Sources: EBFT (Guo et al. 2024, arXiv 2402.12419) for sparse weights, BRECQ (Li et al. 2021, arXiv 2102.05426) for
 rounded ones. Differs from EBFT: the relative loss, cosine decay, held-back samples instead of a convergence threshold.
-Costs 3 forward passes of a block per token and epoch.
+Costs 3 forward passes of a block per token and epoch, and as much for 8 samples a round.
 """
 
 from __future__ import annotations
@@ -26,14 +35,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...core import BlockProblem, NumericalError, Solved
+from ...core import BlockForward, BlockProblem, NumericalError, Solved
 from .legal import Legal
 
 
 @dataclass(frozen=True)
 class Reconstruct:
     """``epochs`` over the samples; ``batch`` samples a step; ``learning_rate`` of Adam at its peak (after ``warmup`` of all
-    steps; then cosine to zero); ``inputs`` compressed|dense|both; ``held_back`` fraction of samples; ``seed`` of the order."""
+    steps; then cosine to zero); ``inputs`` compressed|dense|both; ``held_back`` fraction of samples; ``reselect`` fraction of the
+    kept weights that change places in each of ``rounds``; ``seed`` of the order."""
 
     epochs: int = 4
     batch: int = 1
@@ -41,13 +51,19 @@ class Reconstruct:
     warmup: float = 0.1
     inputs: Literal["compressed", "dense", "both"] = "compressed"
     held_back: float = 0.125
+    reselect: float = 0.0
+    rounds: int = 3
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch < 1:
-            raise ValueError(f"epochs and batch must be at least 1, not {self.epochs} and {self.batch}")
+        if self.epochs < 1 or self.batch < 1 or self.rounds < 1:
+            raise ValueError(
+                f"epochs, batch and rounds must be at least 1, not {self.epochs}, {self.batch} and {self.rounds}"
+            )
         if self.learning_rate <= 0 or not 0 <= self.warmup < 1 or not 0 <= self.held_back < 1:
             raise ValueError("learning_rate must be positive, warmup and held_back in [0, 1)")
+        if not 0 <= self.reselect < 1:
+            raise ValueError(f"reselect must be at least 0 and below 1, not {self.reselect}")
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
@@ -58,8 +74,9 @@ def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
 
 def reconstruct(problem: BlockProblem, config: Reconstruct) -> dict[str, Solved]:
     """New solutions for every layer; their ``notes`` carry the held-back error of the block before and after."""
-    legal = {name: Legal.of(s) for name, s in problem.solved.items()}
-    latent = {n: problem.solved[n].weight.clone().requires_grad_() for n, rule in legal.items() if rule is not None}
+    start = {name: Legal.of(s) for name, s in problem.solved.items()}
+    legal = {name: rule for name, rule in start.items() if rule is not None}
+    latent = {n: problem.solved[n].weight.clone().requires_grad_() for n in legal}
     fixed = {n: s.weight for n, s in problem.solved.items() if n not in latent}
     if not latent:
         return dict(problem.solved)
@@ -70,7 +87,7 @@ def reconstruct(problem: BlockProblem, config: Reconstruct) -> dict[str, Solved]
     judged = range(train, len(targets)) if held else range(train)
 
     def weights() -> dict[str, Tensor]:
-        return fixed | {n: legal[n].weight(t) for n, t in latent.items()}  # type: ignore[union-attr]
+        return fixed | {n: legal[n].weight(t) for n, t in latent.items()}
 
     @torch.no_grad()
     def judge() -> float:
@@ -79,16 +96,27 @@ def reconstruct(problem: BlockProblem, config: Reconstruct) -> dict[str, Solved]
         return sum(float(relative_error(problem.forward(now, compressed[i]), targets[i])) for i in judged) / len(judged)
 
     generator = torch.Generator().manual_seed(config.seed * 100_003 + problem.number)
-    optimiser = torch.optim.Adam(list(latent.values()), lr=config.learning_rate, betas=(0.9, 0.95))
+    optimiser = torch.optim.Adam(list(latent.values()), lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
     per_epoch = math.ceil(train / config.batch)
     total = config.epochs * per_epoch
+    movable = [n for n in legal if n in problem.free and legal[n].mask is not None] if config.reselect else []
+    rounds = (
+        {round(_MOVING * total * (i + 1) / (config.rounds + 1)) for i in range(config.rounds)} if movable else set()
+    )
     before = best = judge()
-    kept = {n: t.detach().clone() for n, t in latent.items()}
+    kept, rules = {n: t.detach().clone() for n, t in latent.items()}, dict(legal)
     step = 0
     with torch.enable_grad():
         for _ in range(config.epochs):
             order = torch.randperm(train, generator=generator).tolist()
             for at in range(0, train, config.batch):
+                if step in rounds:
+                    some = [(compressed[i], targets[i]) for i in order[:_LOOKED_AT]]
+                    gradients = _gradients(problem.forward, weights(), movable, some)
+                    for n in movable:
+                        legal[n] = _moved(
+                            legal[n], latent[n], gradients[n], config.reselect, optimiser.state[latent[n]]
+                        )
                 optimiser.param_groups[0]["lr"] = config.learning_rate * rate(step, total, config.warmup)
                 chosen = order[at : at + config.batch]
                 source = _source(config.inputs, step, compressed, dense)
@@ -107,9 +135,51 @@ def reconstruct(problem: BlockProblem, config: Reconstruct) -> dict[str, Solved]
                 step += 1
             now = judge()
             if now < best:
-                best, kept = now, {n: t.detach().clone() for n, t in latent.items()}
+                best, kept, rules = now, {n: t.detach().clone() for n, t in latent.items()}, dict(legal)
     notes = {"block_error_before": before, "block_error_after": best}
-    return {n: _finish(s, legal[n], kept.get(n), notes) for n, s in problem.solved.items()}
+    return {n: _finish(s, rules.get(n), kept.get(n), notes) for n, s in problem.solved.items()}
+
+
+_MOVING = 0.6  # share of the steps in which masks may move; the rest is for the weights to settle
+_LOOKED_AT = 8  # samples whose gradients choose the weights that move
+
+
+def _gradients(
+    forward: BlockForward, weights: dict[str, Tensor], names: list[str], pairs: list[tuple[Tensor, Tensor]]
+) -> dict[str, list[Tensor]]:
+    """Gradients of the loss of every single pair (input, target) at all entries of the named weights."""
+    leaves = {n: weights[n].detach().requires_grad_() for n in names}
+    rest = {n: w.detach() for n, w in weights.items()}
+    out: dict[str, list[Tensor]] = {n: [] for n in names}
+    for x, y in pairs:
+        loss = relative_error(forward(rest | leaves, x), y)
+        for n, g in zip(names, torch.autograd.grad(loss, list(leaves.values())), strict=True):
+            out[n].append(g)
+    return out
+
+
+@torch.no_grad()
+def _moved(rule: Legal, latent: Tensor, gradients: list[Tensor], share: float, moments: dict[str, Tensor]) -> Legal:
+    """``rule`` with ``share`` of its kept weights exchanged; what comes in starts at zero, without momentum."""
+    mask = rule.mask
+    assert mask is not None
+    F = torch.stack(gradients).square().mean(0)
+    h = torch.outer(F.sum(1), F.sum(0)) / F.sum().clamp_min(1e-30)
+    h = h.clamp_min(1e-30)
+    count = min(round(share * int(mask.sum())), int((~mask).sum()))
+    if count == 0:
+        return rule
+    cost = (latent.square() * h).masked_fill(~mask, math.inf).flatten()
+    gain = (torch.stack(gradients).mean(0).square() / h).masked_fill(mask, -math.inf).flatten()
+    leaves, enters = cost.topk(count, largest=False).indices, gain.topk(count).indices
+    new = mask.flatten().clone()
+    new[leaves], new[enters] = False, True
+    latent.view(-1)[torch.cat((leaves, enters))] = 0.0
+    if moments:
+        typical = moments["exp_avg_sq"][mask].mean()
+        moments["exp_avg"].view(-1)[enters], moments["exp_avg_sq"].view(-1)[enters] = 0.0, typical
+        moments["exp_avg"].view(-1)[leaves] = 0.0
+    return Legal(new.view_as(mask), rule.codes)
 
 
 def rate(step: int, total: int, warmup: float) -> float:
@@ -132,4 +202,4 @@ def _source(inputs: str, step: int, compressed: list[Tensor], dense: list[Tensor
 def _finish(solved: Solved, rule: Legal | None, latent: Tensor | None, notes: Mapping[str, float]) -> Solved:
     if rule is None or latent is None:
         return solved
-    return replace(rule.solved(latent, solved), notes={**solved.notes, **notes})
+    return replace(rule.solved(latent, solved), mask=rule.mask, notes={**solved.notes, **notes})

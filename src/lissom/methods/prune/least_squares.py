@@ -7,7 +7,7 @@ H is shared by all rows, the supports are not, so every row is a linear system o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -118,7 +118,7 @@ def on_support(problem: Problem, mask: Tensor, start: Tensor, config: Refit) -> 
     notes = {"refit_iterations": float(done)}
     codes = None
     if problem.constraint.quantized:
-        frozen = Problem(problem.weight, problem.stats, problem.constraint.freeze(mask), problem.names)
+        frozen = replace(problem, constraint=problem.constraint.freeze(mask), start=None)
         solved = sweep(frozen, problem.factor(config.damping), target=weight)
         weight, codes = solved.weight, solved.codes
     return Solved(weight, codes, mask, problem.error(weight, config.damping), notes)

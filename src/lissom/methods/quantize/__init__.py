@@ -10,6 +10,8 @@ from .descent import Descent, descent
 from .gobo import GOBO, gobo
 from .gptq import GPTQ, gptq
 from .hqq import HQQ, hqq
+from .ibert import IBert
+from .ibert_encoder import prepare
 from .kv_cache import KVCache, fake_cache
 from .llm_int8 import LLMInt8, llm_int8
 from .loftq import LoftQ, loftq
@@ -90,6 +92,9 @@ METHODS = {
         ),
         Method(
             "quarot", "quantize", "rotation", "the hidden states turned so that nothing stands out", "arXiv 2404.00456", QuaRot, turns,
+        ),
+        Method(
+            "ibert", "quantize", "integer", "a BERT encoder in integers, from ids to the pooled output", "arXiv 2101.01321", IBert, prepare,
         ),
         Method(
             "activations", "quantize", "operator", "inputs of linear layers rounded at run time", "arXiv 1712.05877", Activations, round_input,

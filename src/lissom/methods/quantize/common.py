@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -92,7 +93,9 @@ def layers(problem: Problem) -> list[Problem]:
     for name, (rows, part) in zip(problem.names, problem.constraint.slices(), strict=True):
         begun = problem.start.part(rows, None) if problem.start is not None else None
         constraint = Stack(((rows.stop - rows.start, part),))
-        out.append(Problem(problem.weight[rows], problem.stats, constraint, (name,), begun, problem._factors))
+        out.append(
+            replace(problem, weight=problem.weight[rows], constraint=constraint, names=(name,), start=begun, extras={})
+        )
     return out
 
 

@@ -18,9 +18,22 @@ Largest errors (tested): |i-GELU − GELU| ≤ 1.9e-2, |i-exp − exp| ≤ 2e-3 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class IBert:
+    """A step: the whole encoder in integers. ``alpha``: how much of an activation's outliers moves into the weights."""
+
+    alpha: float = 0.75
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha must be in [0, 1], not {self.alpha:g}")
+
 
 _ERF = (-0.2888, -1.769, 1.0)
 _EXP = (0.35815147, 1.35366, 0.34373)  # the repository's digits: exactly 1 at 0

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .activations import dyadic, requantize
-from .ibert import i_gelu, i_layer_norm, i_softmax
+from .ibert import IBert, i_gelu, i_layer_norm, i_softmax
 from .smoothquant import smooth_scale
 
 Weights = Mapping[str, Tensor]
@@ -157,8 +157,9 @@ def _heads(multiplier: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     return m.reshape(heads, 1, -1), n.reshape(heads, 1, -1)
 
 
-def prepare(model: Encoder, seen: Mapping[str, Tensor], alpha: float = 0.75) -> IntEncoder:
-    """All integers of the encoder, given the ranges from :func:`calibrate`; ``alpha`` of the channel scales."""
+def prepare(model: Encoder, seen: Mapping[str, Tensor], config: IBert | None = None) -> IntEncoder:
+    """All integers of the encoder, given the ranges from :func:`calibrate`."""
+    alpha = (config or IBert()).alpha
 
     def top(name: str) -> float:
         return max(float(seen[name].max()), 1e-9)

@@ -1,0 +1,137 @@
+"""Perplexity against minutes: one-shot pruning, block-wise reconstruction, distillation of the demo model at 70%.
+
+    .venv/bin/python benchmarks/healing_curve.py [--case 70|4:16+int4] [--stage one-shot|reconstruct|heal] [--minutes N] [--keep FOLDER]
+
+Every stage is one `lissom compress` and one `lissom evaluate` of the files on disk (WikiText-2 raw test, 16 × 1024); `heal` goes on
+from the directory of `reconstruct`, which `--keep` keeps. Rows are in benchmarks/rows/healing/, the figure in
+benchmarks/figures/healing.png. Calibration is a third WikiText-2 v1 validation, a third Brown, a third ABC; what is trained on is Brown
+and ABC alone, behind the part that calibrates. Minutes are those of the machine while other jobs ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from main_table import DATA, HERE, evaluation_on, lissom
+
+ROWS, FIGURE = HERE / "rows" / "healing", HERE / "figures" / "healing.png"
+SHARE = 1_100_000  # characters of Brown and of ABC that calibrate; the rest is trained on
+CASES = {
+    "70": ["--set", "sparsity=0.7"],
+    "4:16+int4": ["--set", "pattern=4:16", "--set", "sparsity=null", "--set", "bits=4", "--set", "group_size=64", "--format", "packed"],
+}  # fmt: skip
+HEAL = {
+    "use": "heal", "teacher": "demo", "steps": 100_000, "batch": 4, "length": 256, "learning_rate": 3e-4, "warmup": 0.1,
+    "held_out": 8, "evaluate_every": 8, "precision": "bfloat16",
+}  # fmt: skip
+
+
+def texts(folder: Path) -> tuple[str, str]:
+    """(calibration, training): files in ``folder``."""
+    valid = (DATA / "valid.txt").read_text(encoding="utf-8")
+    others = [(DATA.parent / "text" / f"{name}.txt").read_text(encoding="utf-8") for name in ("brown", "abc")]
+    paths = folder / "calibration.txt", folder / "training.txt"
+    paths[0].write_text(valid + "".join(t[:SHARE] for t in others), encoding="utf-8")
+    paths[1].write_text("".join(t[SHARE:] for t in others), encoding="utf-8")
+    return str(paths[0]), str(paths[1])
+
+
+def path_of(case: str, stage: str) -> Path:
+    return ROWS / f"{case.replace(':', '-').replace('+', '-')}-{stage}.json"
+
+
+def run(case: str, stage: str, folder: Path, minutes: float, samples: int) -> dict[str, Any]:
+    calibration, training = texts(folder)
+    common = ["--calibration", calibration, "--samples", str(samples), "--length", "512"]
+    out = folder / stage
+    if stage == "heal":
+        recipe = folder / "heal.yaml"
+        recipe.write_text(json.dumps({"steps": [{**HEAL, "minutes": minutes, "data": training}]}), encoding="utf-8")
+        given = [str(folder / "reconstruct"), str(out), "--recipe", str(recipe)]
+    else:
+        given = [
+            "demo",
+            str(out),
+            "--recipe",
+            {"one-shot": "sparsegpt", "reconstruct": "sparsegpt-healed"}[stage],
+            *CASES[case],
+        ]
+    made = lissom("compress", *given, *common)
+    seen = lissom("evaluate", str(out), *evaluation_on("test.raw.txt"))
+    return {
+        "case": case, "stage": stage, "samples": samples, "seconds": made["seconds"], "stages": made["stages"],
+        "perplexity": seen["perplexity"], "sparsity": seen["sparsity"], "bytes": seen["bytes"], "healing": made["healing"],
+    }  # fmt: skip
+
+
+def draw() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, ax = plt.subplots(figsize=(8, 4.5))
+    for case, colour in zip(CASES, ("tab:blue", "tab:orange"), strict=True):
+        rows = [
+            json.loads(p.read_text()) for s in ("one-shot", "reconstruct", "heal") if (p := path_of(case, s)).exists()
+        ]
+        at, points = 0.0, []
+        for row in rows:
+            # one-shot and reconstruction both start from the dense model; healing goes on from the reconstructed one
+            start = at if row["stage"] == "heal" else 0.0
+            at = start + row["seconds"] / 60
+            points.append((at, row["perplexity"], row["stage"]))
+            if row["stage"] == "heal":
+                history = row["healing"]["heal"]
+                shift = math.log(rows[-2]["perplexity"]) - history[0]["held_out"]
+                x = [start + r["seconds"] / 60 for r in history]
+                ax.plot(x, [math.exp(r["held_out"] + shift) for r in history], ":", color=colour, linewidth=1.2)
+        if points:
+            ax.plot(
+                *zip(*[p[:2] for p in points], strict=True), "o-", color=colour, label=f"{case} (artefacts, raw test)"
+            )
+        for x, y, stage in points:
+            ax.annotate(f"{stage} {y:.1f}", (x, y), xytext=(4, 6), textcoords="offset points", fontsize=8, color=colour)
+    dense = json.loads((HERE / "rows" / "dense.json").read_text())["evaluate"]["perplexity"]
+    ax.axhline(dense, color="grey", linestyle="--", linewidth=1)
+    ax.annotate(f"dense {dense:.2f}", (0, dense), xytext=(4, 4), textcoords="offset points", fontsize=8, color="grey")
+    ax.set_yscale("log")
+    ax.set_yticks([20, 30, 50, 80, 120, 180], ["20", "30", "50", "80", "120", "180"])
+    ax.minorticks_off()
+    ax.set_xlabel("minutes on one thread, other jobs beside it")
+    ax.set_ylabel("perplexity, WikiText-2 raw test")
+    ax.set_title(
+        "Dotted: held-out Brown and ABC text while distilling, moved to start at the artefact's value", fontsize=8
+    )
+    ax.legend(fontsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
+    FIGURE.parent.mkdir(exist_ok=True)
+    figure.savefig(FIGURE, dpi=130, bbox_inches="tight", metadata={"Software": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--case", default="70", choices=list(CASES))
+    parser.add_argument("--stage", default="", choices=["", "one-shot", "reconstruct", "heal"])
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--samples", type=int, default=48)
+    parser.add_argument("--keep", type=Path, default=Path("/tmp/lissom-healing"))
+    options = parser.parse_args()
+    ROWS.mkdir(parents=True, exist_ok=True)
+    folder = options.keep / options.case.replace(":", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    for stage in [options.stage] if options.stage else ["one-shot", "reconstruct", "heal"]:
+        path = path_of(options.case, stage)
+        if not path.exists():
+            row = run(options.case, stage, folder, options.minutes, options.samples)
+            path.write_text(json.dumps(row, indent=1))
+            print(options.case, stage, f"{row['perplexity']:.2f} after {row['seconds']:.0f} s", flush=True)
+    draw()
+
+
+if __name__ == "__main__":
+    main()

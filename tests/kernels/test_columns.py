@@ -1,0 +1,122 @@
+"""The compiled loop of the sweep against its torch definition."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lissom.core import NM, Both, Fixed, Grid, GridParams, Problem, Sparse, Stack, Stats, sweep
+from lissom.core.columns import Strip, decide_columns
+from lissom.kernels import extension
+from lissom.kernels.columns import column_loop, compiled
+
+pytestmark = pytest.mark.skipif(extension is None, reason="lissom was installed without a compiler")
+ISAS = ["", "portable"]
+CHECKERED = (torch.arange(150)[:, None] + torch.arange(160)) % 2 == 0
+
+
+def strip(rows, span, masked, seed, whole_numbers=False):
+    g = torch.Generator().manual_seed(seed)
+    w, u = torch.randn(span, rows, generator=g), torch.randn(span, span, generator=g).triu() / span
+    if whole_numbers:  # every product and sum is then exact, whatever the order
+        w, u = (w * 8).round(), (u * span).round()
+    u.diagonal().copy_(2.0 ** torch.randint(-1, 2, (span,), generator=g))
+    keep = torch.rand(span, rows, generator=g) < 0.4 if masked else None
+    return Strip(w, u, keep, torch.zeros_like(w), torch.zeros_like(w), torch.zeros(span, rows, dtype=torch.uint8))
+
+
+def copied(s):
+    return Strip(*(t.clone() if t is not None else None for t in (s.w, s.u, s.keep, s.q, s.errors, s.codes)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 200),
+    st.integers(1, 70),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 99),
+    st.sampled_from(ISAS),
+    st.data(),
+)
+def test_exact_where_numbers_are_exact(rows, span, masked, grid, seed, isa, data):
+    begin = data.draw(st.integers(0, span - 1))
+    end = data.draw(st.integers(begin + 1, span))
+    reach = data.draw(st.integers(end, span))
+    a = strip(rows, span, masked, seed, whole_numbers=True)
+    b = copied(a)
+    params = None
+    if grid:
+        params = GridParams(torch.full((rows,), 2.0), torch.full((rows,), 3.0), torch.full((rows,), 16.0))
+    decide_columns(a, params, begin, min(end, begin + 4), reach)
+    compiled(b, params, begin, min(end, begin + 4), reach, isa)
+    for name in ("q", "errors", "codes"):
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+    assert torch.equal(a.w[min(end, begin + 4) :], b.w[min(end, begin + 4) :])
+
+
+def problem(constraint, rows=150, columns=160, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    X = torch.randn(500, columns, generator=g) @ (torch.eye(columns) + 0.1 * torch.randn(columns, columns, generator=g))
+    return Problem.of(torch.randn(rows, columns, generator=g), Stats.of(X), constraint)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        Sparse(0.7), Sparse(0.5, "row"), NM(2, 4), NM(4, 32), Grid(4, 32), Grid(3, None), Grid(2, 24),
+        Both(Sparse(0.6), Grid(4, 64)), Both(NM(2, 4), Grid(4, 128)), Both(Fixed(CHECKERED), Grid(4, 16)),
+        Stack(((100, Both(Sparse(0.5), Grid(4, 32))), (50, Both(Sparse(0.8), Grid(3, 32))))),
+    ],
+)  # fmt: skip
+def test_sweeps_agree_up_to_rounding(constraint, isa):
+    torch_loop = problem(constraint)
+    loop = replace(torch_loop, loop=lambda *a: compiled(*a, isa=isa))
+    a, b = sweep(torch_loop, torch_loop.factor()), sweep(loop, loop.factor())
+    same = torch.ones_like(a.weight, dtype=torch.bool) if a.mask is None else a.mask == b.mask
+    if a.codes is not None:
+        same &= a.codes.values == b.codes.values
+    assert same.float().mean() > 0.999
+    assert torch.allclose(a.weight[same], b.weight[same], atol=2e-3)
+    torch.testing.assert_close(a.error.sum(), b.error.sum(), rtol=1e-3, atol=0)
+    if b.codes is not None:
+        assert torch.equal(b.codes.decode(), b.weight)
+
+
+def test_activation_order_and_instruction_sets_and_threads():
+    p = replace(problem(Grid(4, 32)), loop=compiled)
+    factor = p.factor(0.01, True)
+    first = sweep(p, factor)
+    assert torch.equal(first.weight, sweep(replace(p, loop=lambda *a: compiled(*a, isa="portable")), factor).weight)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        strips = [strip(1000, 32, True, 5) for _ in range(2)]
+        compiled(strips[0], None, 0, 32, 32)
+    finally:
+        torch.set_num_threads(threads)
+    compiled(strips[1], None, 0, 32, 32)
+    assert torch.equal(strips[0].q, strips[1].q) and torch.equal(strips[0].errors, strips[1].errors)
+
+
+def test_not_a_number_stays_so():
+    for isa in ISAS:
+        s = strip(5, 4, False, 1)
+        s.w[0, 2] = float("nan")
+        compiled(s, GridParams(torch.ones(5), torch.ones(5), torch.full((5,), 16.0)), 0, 4, 4, isa)
+        assert s.q[:, 2].isnan().all() and s.errors[:, 2].isnan().all() and not s.q[:, :2].isnan().any()
+
+
+def test_other_types_take_the_torch_loop_and_bad_shapes_are_refused():
+    assert column_loop() is compiled
+    s = strip(3, 4, True, 2)
+    double = Strip(*(t.double() if t.is_floating_point() else t for t in (s.w, s.u, s.keep, s.q, s.errors, s.codes)))
+    compiled(double, None, 0, 4, 4)
+    assert double.q.count_nonzero() == s.keep.count_nonzero()
+    with pytest.raises(ValueError, match="span"):
+        compiled(replace(s, u=s.u[:2, :2].contiguous()), None, 0, 4, 4)
+    with pytest.raises(ValueError, match="range"):
+        compiled(s, None, 0, 4, 5)
