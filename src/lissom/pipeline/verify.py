@@ -76,19 +76,47 @@ def _transformers(folder: Path, model: Model, ids: Tensor, hidden: Tensor) -> st
         return f"not tried: needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
     from transformers import AutoModelForCausalLM
 
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ours = model.head(hidden)  # before the other model is there: the head is a large part of a small one
+    theirs = _widened(AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval())
     beside, allowed = "", _TOLERANCE
     if model.operators and getattr(theirs, "hf_quantizer", None) is None:
         bare = copy.copy(model)
         bare.operators = Operators()
-        model, hidden = bare, forward(bare, ids).hidden[0]
+        ours = bare.head(forward(bare, ids).hidden[0])
         beside = ", both without the run-time operators, which it does not know"
     elif model.operators:
         allowed, beside = _ROUNDED_TOLERANCE, ", both with rounded activations or cache"
-    gap = _gap(theirs(ids).logits, model.head(hidden))
+    gap = _gap(theirs(ids).logits, ours)
     if gap > allowed:
         raise FormatError(f"{folder}: transformers' logits differ from ours by {gap:.2e} of their size")
     return f"AutoModelForCausalLM.from_pretrained gives the same logits to {gap:.1e}{beside}"
+
+
+def _widened(model: torch.nn.Module) -> torch.nn.Module:
+    """Computes in fp32 and stays as stored: a block's weights are widened while it runs, so that the check of a
+    checkpoint of 16 bits takes half the memory that loading it in fp32 would."""
+    lists = {name: part for name, part in model.named_modules() if isinstance(part, torch.nn.ModuleList)}
+    outer = [part for name, part in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+    blocks = [block for part in outer for block in part]
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in inside:
+            parameter.data = parameter.data.float()
+    stored: dict[torch.nn.Parameter, Tensor] = {}
+
+    def widen(block: torch.nn.Module, _: Any) -> None:
+        for parameter in block.parameters():
+            stored[parameter] = parameter.data
+            parameter.data = parameter.data.float()
+
+    def narrow(block: torch.nn.Module, *_: Any) -> None:
+        for parameter in block.parameters():
+            parameter.data = stored.pop(parameter)
+
+    for block in blocks:
+        block.register_forward_pre_hook(widen)
+        block.register_forward_hook(narrow)
+    return model
 
 
 def _gap(a: Tensor, b: Tensor) -> float:
