@@ -17,16 +17,18 @@ IDS = torch.randint(2, 300, (2, 12), generator=torch.Generator().manual_seed(0))
 BITS = {"use": "rtn", "bits": 4, "group_size": 16}
 STEPS = {
     "smoothquant": {"use": "smoothquant", "alpha": 0.7},
+    "smoothquant searched": {"use": "smoothquant", "alpha": "search"},
     "awq": {"use": "awq"},
     "quarot": {"use": "quarot", "online": True},
     "quarot values": {"use": "quarot", "stream": False},
+    "spinquant": {"use": "spinquant", "online": True, "steps": 3, "tokens": 16},
 }
 DECODERS = sorted(k for k in KINDS if k != "bert")
 
 
 def folds(kind, step, model):
     """Whether the kind can take the step at all."""
-    if step == "quarot":
+    if step in ("quarot", "spinquant"):
         return rotation_refusal(model.architecture, model.config) is None
     return True
 
@@ -48,7 +50,7 @@ def test_the_folded_model_gives_the_same_logits(kind, step, tmp_path):
     changed = {la.role for la in old.linears if not torch.equal(old.weight(la.name), new.weight(la.name))}
     assert changed, "nothing was folded"
     assert notes[0]["step"] == step.split()[0]
-    if step == "quarot":
+    if step in ("quarot", "spinquant"):
         assert changed == {la.role for la in old.linears}
         bare = Model(open_model(tmp_path / "folded" / "0"))
         assert not torch.allclose(bare.forward(IDS), before, atol=1e-3)  # without the operator it is another model
@@ -113,7 +115,7 @@ def test_what_cannot_be_folded_is_refused_when_asked_for_and_said_otherwise(rand
         )
 
 
-def test_a_dense_model_is_left_as_it_was(random_checkpoint):
+def test_a_dense_model_is_left_as_it_was(random_checkpoint, tmp_path):
     model = Model(open_model(random_checkpoint("llama")))
-    other = operated(model, read([BITS, {"use": "activations"}]))
+    other = operated(model, read([BITS, {"use": "activations"}]), IDS, tmp_path / "cache.json")
     assert other.operators.activations is not None and not model.operators

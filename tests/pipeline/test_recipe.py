@@ -68,6 +68,7 @@ def test_a_list_of_steps_is_a_recipe():
         ([{"use": "sparsegpt", "pattern": "2:4", "sparsity": 0.7}], ["means sparsity 0.5"]),
         ([{"use": "sparsegpt", "pattern": "n:16", "sparsity": 0.7}], ["n:16", "takes N from an allocation"]),
         ([{"use": "owl"}, {"use": "sparsegpt", "pattern": "2:4"}], ["leaves owl nothing to share", "n:4"]),
+        ([{"use": "owl"}, {"use": "flap"}], ["owl before it shares the budget", "directly before that"]),
         ([{"use": "rtn", "bits": 9}], ["bits", "9"]),
         ([{"use": "rtn", "bits": "four"}], ["bits", "whole number"]),
         ([{"use": "rtn", "sparsity": 0.5, "bits": 4}], ["does not prune"]),

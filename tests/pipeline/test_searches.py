@@ -95,3 +95,16 @@ def test_besa_in_a_run_lowers_every_block_and_the_next_sees_it_pruned(trained, t
     assert relative == pytest.approx(
         blocks[0][0][2]["block_error"], rel=0.15
     )  # Wanda there sees pruned layers of the block
+
+
+def test_the_plan_counts_trials_and_epochs(trained):
+    """Twice the plans, about twice the time that they add."""
+    prune = {"use": "wanda", "sparsity": 0.6}
+
+    def seconds(*steps):
+        return lissom.plan(trained, [*steps, prune], overrides=SMALL).estimates["seconds"]
+
+    bare = seconds()
+    few, many = (seconds({**SEARCH, "plans": n, "rounds": 0}) - bare for n in (1000, 2000))
+    assert few > 0 and many == pytest.approx(2 * few, rel=0.2)
+    assert seconds({"use": "besa", "epochs": 500}) > seconds({"use": "besa", "epochs": 5}) > bare

@@ -4,13 +4,17 @@ import json
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lissom.core import RecipeError
 from lissom.export import open_model
 from lissom.models import Model
 from lissom.pipeline import compress, plan
+from lissom.pipeline.data import load_calibration
 from lissom.pipeline.recipe import read
 from lissom.pipeline.shapes import planned_model
+from lissom.pipeline.structured_search import counts_of
 from lissom.pipeline.structured_targets import LatencyTable, with_targets
 
 SMALL = ["calibration.samples=4", "calibration.length=24"]
@@ -121,6 +125,37 @@ def test_widths_that_differ_are_saved_as_the_widest_and_the_plan_says_so(trained
         for role, dim in (("down", 0), ("up", 1), ("gate", 1)):
             W = block.weight(next(la.name for la in block.linears if la.role == role))
             assert int((W != 0).any(dim).sum()) == kept[i] and 96 in W.shape
+
+
+def test_widths_by_predictor_search_are_never_worse_than_equal_ones_where_they_were_measured(trained, tmp_path):
+    step = {"use": "structured-magnitude", "keep_neurons": 0.5, "spread": 0.25, "search": 10}
+    made = [compress(trained, tmp_path / name, [step], overrides=SMALL) for name in "ab"]
+    found = made[0]["structured"][0]["search"]["neurons"]
+    assert made[0]["structured"] == made[1]["structured"]
+    assert found["best"] == min([found["uniform"], *found["sampled"], *found["rounds"][0]["measured"]])
+    counts = found["counts"]
+    assert sum(counts) == 4 * 64 and max(counts) <= 96 and min(counts) >= 32 and len(set(counts)) > 1
+    assert [len(v) for v in made[0]["structured"][0]["neurons"].values()] == counts
+    # the loss that the search saw is that of the artefact on the same samples
+    model, artefact = (Model(open_model(p)) for p in (trained, tmp_path / "a"))
+    recipe = read([step], SMALL)
+    ids = load_calibration(model.checkpoint.tokenizer(), recipe.calibration, 512).ids[:8]
+    logits = artefact.forward(ids)
+    naive = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert float(naive) == pytest.approx(found["best"], abs=1e-4)
+    with pytest.raises(RecipeError, match="needs a spread"):
+        read([{"use": "flap", "search": 10}])
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 999), mean=st.integers(2, 9), spread=st.integers(1, 4), blocks=st.integers(1, 7))
+def test_whole_numbers_of_units_meet_their_mean_between_their_bounds(seed, mean, spread, blocks):
+    low, high = max(1, mean - spread), min(12, mean + spread)
+    shares = torch.rand(blocks, generator=torch.Generator().manual_seed(seed)).tolist()
+    counts = counts_of(shares, 12, mean, low, high)
+    assert sum(counts) == mean * blocks and low <= min(counts) and max(counts) <= high
+    exact = [(mean - 0.0) / 12] * blocks
+    assert counts_of([1 - e for e in exact], 12, mean, low, high) == [mean] * blocks
 
 
 def test_a_spread_of_zero_is_the_same_bytes_as_none(trained, tmp_path):

@@ -72,6 +72,15 @@ def test_shots_take_statistics_of_the_model_as_it_is_then(trained, tmp_path):
     assert any(not torch.equal(both[n], once[n]) for n in both)
 
 
+def test_error_feedback_brings_no_weight_back_that_an_earlier_shot_removed(trained, tmp_path):
+    step = {"use": "sparsegpt", "sparsity": 0.6, "only": ["q", "down"], "block": 16}  # later blocks see feedback first
+    lissom.compress(trained, tmp_path / "both", [{**step, "shots": 2, "schedule": "cubic"}], overrides=SMALL)
+    lissom.compress(trained, tmp_path / "half", [{**step, "sparsity": 0.6 * (1 - 0.5**3)}], overrides=SMALL)
+    both, half = (weights(tmp_path / n) for n in ("both", "half"))
+    assert all(not both[n][half[n] == 0].any() for n in both)
+    assert any(int((both[n] != half[n])[half[n] != 0].sum()) for n in both)  # what remains moves again
+
+
 def test_shots_with_budgets_gradients_and_a_grid_at_the_end(trained, tmp_path):
     step = {
         "use": "llm-surgeon",

@@ -56,6 +56,7 @@ __all__ = [
     "Masked",
     "Method",
     "NumericalError",
+    "Orthogonal",
     "OutputError",
     "Patched",
     "Pattern",

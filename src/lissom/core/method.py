@@ -42,8 +42,8 @@ class Method:
                    largest magnitudes of its activations; the only step of its recipe
     =============  ==========================================================================
 
-    ``needs``: any of "gram", "inputs" (norms and means only), "entropy" (of the inputs'
-    histograms, in as many bins as the config says), "gradients", "data", "teacher", "training"; of an allocation also
+    ``needs``: any of "gram", "inputs" (norms and means only), "sample" (of a fold: tokens of the inputs in ``Problem.extras``),
+    "entropy" (of the inputs' histograms, in as many bins as the config says), "gradients", "data", "teacher", "training"; of an allocation also
     "blocks": whole blocks, see ``learn``; "score": that of the solver after it, in each problem's ``extras``; "trials": ``run`` gets a fourth argument,
     ``measure(budget, layers, target, label) -> float``, the held-out loss of the model pruned by a cheap method (``trial``,
     ``trial_samples`` and ``trial_windows`` of its config) under that budget.
@@ -57,7 +57,8 @@ class Method:
     a grid may be a form of :mod:`.stored` instead of plain codes, which not every file format holds; "factors": the zeros are
     those of a part of a sum; "exchanges": zeros of the step before move one by one; "single": weights are removed one by one.
     ``fold``: of a solver that can also run as a step of its own, without bits: ``fold(problem, config) -> (s, notes)``, one
-    factor per input (in,) that goes into the weights while 1/s goes into what makes the input.
+    factor per input (in,) that goes into the weights while 1/s goes into what makes the input. Of a ``rotation`` that is
+    learned: ``fold(turns, stream, values, config) -> (turns, notes)``, from layers with samples of their inputs.
     """
 
     name: str

@@ -54,7 +54,9 @@ class Problem:
     ``extras``: what few methods need besides, stacked by rows like the weights: ``gradient`` (out, in), the norm over
     samples of each weight's gradient of the loss; ``fisher`` (out, in), its mean square; ``samples`` (count, out, in),
     the gradients themselves; ``output_gram`` (out, out), E[g gᵀ] of the gradients g at the outputs;
-    ``gradient_l1`` (out, in), the sum over samples of the gradient's magnitudes. ``loop``: the innermost loop of :func:`.sweep`.
+    ``gradient_l1`` (out, in), the sum over samples of the gradient's magnitudes; ``sample`` (tokens, in) of the inputs; ``owner``
+    (in,), inputs whose factors must be equal have equal numbers.
+    ``loop``: the innermost loop of :func:`.sweep`.
     """
 
     weight: Tensor
@@ -104,7 +106,7 @@ class Problem:
         W = self.weight
         if self.stats.gram is None:
             return W.square() @ (self.stats.sumsq / max(self.stats.count, 1))
-        return 0.5 * ((W @ self.stats.hessian) * W).sum(1).clamp_min(0)
+        return ((W @ self.stats.gram) * W).sum(1).clamp_min(0) / max(self.stats.count, 1)
 
     def project(self, score: Tensor, weight: Tensor | None = None, notes: Mapping[str, float] | None = None) -> Solved:
         """The solution without error feedback: keep the best scores, then round to nearest."""

@@ -80,6 +80,29 @@ class Rotation:
         return self.apply(torch.eye(self.size))
 
 
+@dataclass(frozen=True, eq=False)
+class Orthogonal:
+    """An orthogonal matrix given by its entries, (size, size), with the interface of :class:`Rotation`."""
+
+    entries: Tensor
+
+    @property
+    def size(self) -> int:
+        return len(self.entries)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """``x @ Q`` along the last axis."""
+        return x @ self.entries
+
+    def undo(self, x: Tensor) -> Tensor:
+        """``x @ Qᵀ`` along the last axis."""
+        return x @ self.entries.T
+
+    def matrix(self) -> Tensor:
+        """Q itself."""
+        return self.entries
+
+
 @lru_cache(maxsize=64)
 def _build(size: int, seed: int, kind: Kind) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
     g = torch.Generator().manual_seed(seed)

@@ -8,7 +8,7 @@ from .factor import Factor, damped, factorise
 from .grid import Codes, Grid, GridParams
 from .method import Method
 from .problem import Budget, LayerSummary, Problem, Solved
-from .rotation import Rotation
+from .rotation import Orthogonal, Rotation
 from .stats import Stats, Tally, gram_product, histogram_entropy, merge
 from .stored import (
     Affine,

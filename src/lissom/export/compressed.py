@@ -21,18 +21,28 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..core import Codes, FormatError, Solved
+from ..core import Codes, FormatError, Levels, Solved
 from ..core.grid import spread_groups
 from ..methods.quantize.kv_cache import CacheGrid
 from ..models import Architecture
 from ..models.layout import stages
+from .compressed_floats import BITS, TABLES, decode_levels, encode_levels, misfits, weight_args
+from .compressed_floats import FORMATS as FLOATS
 from .dense import Dense
 from .layout import LayerPlan, Layout, StoredLayer, check_codes, describe, need
 
 Format = Literal["pack-quantized", "int-quantized"]
 METHOD = "compressed-tensors"
 RUN_NAMES = ("input_scale", "input_zero_point")  # read by engines, not needed to decode
-LOCAL_NAMES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "weight")
+LOCAL_NAMES = (
+    "weight_packed",
+    "weight_scale",
+    "weight_shape",
+    "weight_zero_point",
+    "weight_g_idx",
+    "weight",
+    "weight_global_scale",
+)
 
 
 class CompressedTensors:
@@ -52,6 +62,8 @@ class CompressedTensors:
         self.name = METHOD if format == "pack-quantized" else format
 
     def encode(self, solved: Solved, layout: Layout) -> dict[str, Tensor]:
+        if (form := _levels(solved)) is not None:
+            return encode_levels(form)
         if solved.codes is None:
             return Dense().encode(solved, layout)
         check_codes(solved.codes)
@@ -75,11 +87,20 @@ class CompressedTensors:
 
     def entry(self, solved: Solved, layout: Layout) -> dict[str, Any]:
         out = describe(solved, layout) | {"format": "dense"}
+        inputs = {"input_bits": layout.input_bits, "input_static": layout.input_static}
+        if (form := _levels(solved)) is not None:
+            del out["dtype"]
+            size = min(form.group_size, form.values.shape[1])
+            return (
+                out
+                | {"bits": BITS[form.name], "group_size": size, "symmetric": True, "format": FLOATS[form.name]}
+                | (inputs if layout.input_bits is not None else {})
+            )
         if solved.codes is None:
             return out
         codes, form = self._stored(solved.codes, layout)
         if layout.input_bits is not None:
-            out |= {"input_bits": layout.input_bits, "input_static": layout.input_static}
+            out |= inputs
         return out | {"bits": codes.bits, "symmetric": codes.symmetric, "format": form}
 
     def _stored(self, codes: Codes, layout: Layout) -> tuple[Codes, Format]:
@@ -99,13 +120,20 @@ class CompressedTensors:
         if entry.get("bits") is None:
             return Dense().decode(tensors, entry)
         pattern = str(entry.get("pattern", "dense"))
+        if entry.get("format") in TABLES:
+            form = decode_levels(tensors, entry)
+            weight = form.decode()
+            return StoredLayer(None, None if pattern == "dense" else weight != 0, pattern, weight, form)
         codes = _read_int8(tensors, entry) if entry.get("format") == "int-quantized" else _read_packed(tensors, entry)
         layer = StoredLayer(codes, None, pattern)
         return layer if pattern == "dense" else StoredLayer(codes, layer.weight != 0, pattern)
 
     def check(self, layer: LayerPlan) -> list[str]:
         if layer.form is not None:
-            return [f"{layer.name}: {self.name} has no form {layer.form}; use format packed, or dense"]
+            why = misfits(layer.form, layer.shape[1], layer.group_size)
+            if layer.transposed and not why:
+                why = "compressed-tensors knows nn.Linear only, not GPT-2's Conv1D; use format packed"
+            return [f"{layer.name}: {why}"] if why else []
         if layer.bits is None:
             return []
         out = []
@@ -134,6 +162,8 @@ class CompressedTensors:
             out.append(
                 f"{layer.name}: compressed-tensors stores zeros as codes; sparsity saves no bytes (format packed does)"
             )
+        if layer.form is not None:
+            return out
         if layer.bits is not None and not layer.symmetric and self.format == "pack-quantized" and not self.zero_points:
             stored = "int8 with zero points" if layer.bits == 8 else f"{layer.bits + 1} bits, symmetric"
             out.append(
@@ -151,7 +181,8 @@ class CompressedTensors:
         schemes: dict[tuple[int, int, bool, str, int, bool], list[str]] = {}
         for name, e in entries.items():
             if e["bits"] is not None:
-                group = -1 if e["group_size"] >= e["shape"][1] else e["group_size"]
+                blocks = TABLES.get(e["format"], "e4m3") != "e4m3"  # FP4 has blocks of one size, however short the row
+                group = -1 if e["group_size"] >= e["shape"][1] and not blocks else e["group_size"]
                 inputs = (e.get("input_bits") or 0, bool(e.get("input_static")))
                 schemes.setdefault((e["bits"], group, e["symmetric"], e["format"], *inputs), []).append(name)
         if not schemes and self.cache is None:
@@ -159,7 +190,7 @@ class CompressedTensors:
         formats = {key[3] for key in schemes}
         groups = {}
         for number, ((bits, size, symmetric, form, inputs, static), targets) in enumerate(sorted(schemes.items())):
-            weights = {
+            weights = weight_args(form, size) if form in TABLES else {
                 "num_bits": bits, "type": "int", "symmetric": symmetric, "dynamic": False,
                 "strategy": "channel" if size == -1 else "group", "group_size": None if size == -1 else size,
             }  # fmt: skip
@@ -205,14 +236,23 @@ def entry_from_config(config: Mapping[str, Any], name: str, tensors: Mapping[str
         raise FormatError(f"no config group of quantization_config names {name}, which has quantized tensors")
     form = group.get("format") or config.get("format")
     strategy = weights.get("strategy") or "tensor"
+    grouped = weights.get("group_size") if strategy in ("group", "tensor_group") else None
+    if form in TABLES and weights.get("type") == "float" and strategy != "block":
+        return {
+            "bits": weights["num_bits"],
+            "group_size": grouped,
+            "symmetric": True,
+            "format": form,
+            "pattern": "dense",
+        }
     if weights.get("type", "int") != "int" or form not in ("pack-quantized", "int-quantized", "naive-quantized"):
-        raise FormatError(f"{name}: {form} with {weights.get('type')} weights is not read; integers are")
+        raise FormatError(f"{name}: {form} with {weights.get('type')} weights is not read; integers, FP8 and FP4 are")
     if "weight_g_idx" in tensors or strategy not in ("channel", "group", "tensor"):
         raise FormatError(f"{name}: strategy {strategy} or a group order (g_idx) is not read; channel and group are")
     packed = "weight_packed" in tensors
     return {
         "bits": weights["num_bits"],
-        "group_size": weights.get("group_size") if strategy == "group" else None,
+        "group_size": grouped,
         "symmetric": weights.get("symmetric", True),
         "format": "pack-quantized" if packed else "int-quantized",
         "pattern": "dense",
@@ -246,6 +286,12 @@ def operators_from_config(config: Mapping[str, Any], row: Architecture) -> dict[
         grid = {"bits": cache["num_bits"], "per": "token", "group": cache["group_size"], "zero": "integer"}
         found["cache"] = {"keys": grid, "values": grid}
     return found
+
+
+def _levels(solved: Solved) -> Levels | None:
+    """The codebook of a layer that has a form here."""
+    form = solved.stored
+    return form if solved.codes is None and isinstance(form, Levels) and form.name in FLOATS else None
 
 
 def _scheme(args: Mapping[str, Any]) -> tuple[int, str, bool, bool, str]:

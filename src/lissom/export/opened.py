@@ -125,7 +125,8 @@ class OpenedCheckpoint:
         local = self._local[layer]
         if "weight_shape" in local:
             return [int(n) for n in self._raw(local["weight_shape"])]
-        return list(self._files[local["weight"]][1].shape)
+        rows, columns = self._files[local["weight" if "weight" in local else "weight_packed"]][1].shape
+        return [rows, columns if "weight" in local else 2 * columns]  # FP4: two in a byte
 
     @property
     def bytes(self) -> int:

@@ -82,6 +82,18 @@ def value_rows(row: Architecture, s: Sizes) -> Tensor:
     return torch.arange(start, start + s.kv_heads * s.head_dim)
 
 
+def owners(source: Source, sizes: Sizes) -> Tensor | None:
+    """(in,): inputs with equal numbers must have equal factors; None: all are free."""
+    if source.share == 1:
+        return None
+    return (
+        torch.arange(sizes.kv_heads * sizes.head_dim)
+        .view(sizes.kv_heads, 1, -1)
+        .expand(-1, source.share, -1)
+        .reshape(-1)
+    )
+
+
 def shared_factor(source: Source, s: Tensor, sizes: Sizes) -> Tensor:
     """``s`` (in,) made equal (by its geometric mean) where query heads share a value head."""
     if source.share == 1:

@@ -21,8 +21,9 @@ from ..core import NumericalError, Problem, Stack, Stats
 from ..export import ArtefactWriter, open_model
 from ..export.writer import write_json
 from ..methods.quantize.rotations import Turns, fold_gain, rotate_reader, rotate_values, rotate_writer
+from ..methods.quantize.spinquant import Seen, SpinQuant
 from ..models import Block, Linear, Model, Operators
-from ..models.folds import Source, fold, rotation_refusal, shared_factor, source_of, value_rows
+from ..models.folds import Source, fold, owners, rotation_refusal, shared_factor, source_of, value_rows
 from ..models.layout import Sizes, has_final_norm
 from .data import embed
 from .layers import constraint_for, wanted
@@ -91,7 +92,10 @@ def folded_model(
             shutil.rmtree(place, ignore_errors=True)
             place.mkdir(parents=True)
             if turns is not None:
-                notes = rotate_model(model, turns, place, tick)
+                told: dict[str, Any] = {}
+                if step.method.fold is not None:
+                    turns, told = step.method.fold(turns, *_seen(model, step.config, ids, tick), step.config)
+                notes = rotate_model(model, turns, place, tick) | told
             else:
                 notes = fold_model(model, recipe, step, ids, place, tick)
             write_json(done, {"step": step.name, **notes})
@@ -133,9 +137,15 @@ def fold_model(
     for i in range(model.blocks):
         block = model.load_block(i)
         found: list[tuple[Source, Tensor]] = []
+        samples = _sampled(block, hidden[0]) if "sample" in step.method.needs else {}
 
         def visit(
-            stage: tuple[Linear, ...], stats: Stats, i: int = i, block: Block = block, found: list = found
+            stage: tuple[Linear, ...],
+            stats: Stats,
+            i: int = i,
+            block: Block = block,
+            found: list = found,
+            samples: dict = samples,
         ) -> None:
             source = _source(model, i, stage[0].stage, model.operators.turn_inputs)
             if isinstance(source, str) or not any(wanted(la, step.constraint) for la in stage):
@@ -145,7 +155,11 @@ def fold_model(
                 (la.rows, constraint_for(la, rounding.constraint if rounding else step.constraint, None))
                 for la in source.readers
             )
-            problem = Problem(weight, stats, Stack(parts), tuple(la.name for la in source.readers))
+            extras = {"sample": samples.get(stage[0].stage), "owner": owners(source, block.sizes)}
+            problem = Problem(
+                weight, stats, Stack(parts), tuple(la.name for la in source.readers),
+                extras={k: v for k, v in extras.items() if v is not None},
+            )  # fmt: skip
             s, told = step.method.fold(problem, step.config)  # type: ignore[misc]
             if not bool((torch.isfinite(s) & (s > 0)).all()):
                 raise NumericalError(
@@ -164,9 +178,58 @@ def fold_model(
     return {"layers": notes}
 
 
+_TOKENS = 512  # of a stage's inputs that a fold may look at
+
+
+def _sampled(block: Block, hidden: Tensor) -> dict[int, Tensor]:
+    """Evenly spaced tokens of the inputs of every stage, (tokens, in)."""
+    run, out = block.start(hidden), {}
+    for stage in block.stages:
+        x = run.input().flatten(0, 1)
+        out[stage[0].stage] = x[:: -(-len(x) // _TOKENS)].clone()
+        run.advance()
+    return out
+
+
 def _turns(model: Model, step: Step) -> Turns:
     s = Sizes.of(model.architecture, model.config)
     return step.method.run(step.config, s.width, s.head_dim, s.inner)
+
+
+_SAMPLES = 8  # of the calibration, for learned rotations
+
+
+@torch.no_grad()
+def _seen(model: Model, c: SpinQuant, ids: Tensor, tick: Tick | None = None) -> tuple[list[Seen], list[Seen]]:
+    """Layers that read the stream, and output projections, of evenly spaced blocks, with tokens of their inputs."""
+    chosen = {round(i) for i in torch.linspace(0, model.blocks - 1, c.blocks).tolist()}
+    generator, row = torch.Generator().manual_seed(c.seed), model.architecture
+    hidden = torch.cat(embed(model, ids[:_SAMPLES]))
+    tokens = torch.randperm(hidden.shape[0] * hidden.shape[1], generator=generator)[: c.tokens]
+    found: tuple[list[Seen], list[Seen]] = ([], [])
+    for i in range(model.blocks):
+        block = model.load_block(i)
+        if i not in chosen:
+            hidden = block.forward(hidden)
+            continue
+        run = block.start(hidden)
+        for stage in block.stages:
+            x, number = run.input().flatten(0, 1)[tokens], stage[0].stage
+            W = torch.cat([block.weight(la.name) for la in stage])
+            W = W[torch.randperm(len(W), generator=generator)[: c.rows]]
+            if number in (0, 2) and c.stream:
+                norm = (
+                    f"{model.prefix}{row.layer.format(i)}{row.norm_attention if number == 0 else row.norm_mlp}.weight"
+                )
+                gain = _gain(row.norm, block.parameters[norm])
+                found[0].append(Seen(torch.where(gain == 0, 0.0, x / gain), W * gain))
+            elif number == 1 and c.values:
+                found[1].append(Seen(x, W))
+            run.advance()
+        hidden = run.output()
+        if tick:
+            tick("spinquant", i + 1, model.blocks)
+    return found
 
 
 @torch.no_grad()

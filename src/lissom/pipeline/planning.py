@@ -168,7 +168,7 @@ def _misfits(step: Step, layers: list[Linear], warnings: list[str]) -> Iterator[
 
 def _stored_as(layer: Linear, solvers: list[Step], transposed: bool) -> LayerPlan:
     """The layer as the codec will get it, at the recipe's average sparsity."""
-    pattern, bits, size, symmetric = "dense", None, None, False
+    pattern, bits, size, symmetric, form = "dense", None, None, False, None
     for step in solvers:
         c = step.constraint
         if wanted(layer, c):
@@ -177,7 +177,8 @@ def _stored_as(layer: Linear, solvers: list[Step], transposed: bool) -> LayerPla
             if c.bits != 16:
                 bits, symmetric = c.bits, c.symmetric
                 size = c.group_size if 0 < c.group_size < layer.columns else None
-    return LayerPlan(layer.name, (layer.rows, layer.columns), pattern, bits, size, symmetric, transposed)
+                form = getattr(step.config, "table", step.name) if "forms" in step.method.makes else None
+    return LayerPlan(layer.name, (layer.rows, layer.columns), pattern, bits, size, symmetric, transposed, form=form)
 
 
 def _together(lines: Iterable[str]) -> list[str]:
@@ -283,6 +284,13 @@ def estimate(model: Model, recipe: Recipe, layers: list[Linear], tokens: int) ->
             minutes = getattr(c, "minutes", None)
             seconds += whole if minutes is None else min(whole, 60 * minutes)
     seconds += 3.5 * tokens * weights * sum(epochs) / matmul_speed() if epochs else 0
+    for step in recipe.steps:
+        c, each = step.config, 1.3 * recipe.calibration.length * weights / matmul_speed()
+        if "trials" in step.method.needs:
+            trials = c.plans + c.rounds * c.verify
+            seconds += shots * trials * (c.trial_samples + c.trial_windows) * each
+        if step.method.learn is not None:  # a forward and a backward
+            seconds += shots * 3 * c.epochs * allocation_samples(recipe) * each
     # dense float32 checkpoints of the steps that rewrite weights
     folded = (
         4

@@ -272,7 +272,7 @@ def _step(entry: dict[str, Any], index: int, problems: list[str]) -> Step:
     constraint = build(ConstraintSettings, shared, where, problems)
     if constraint.per is None:
         constraint = replace(constraint, per="layer" if constraint.unit != "element" else method.comparison)
-    if method.fold is not None and constraint.bits == 16:
+    if method.kind == "solver" and method.fold is not None and constraint.bits == 16:
         method = replace(method, kind="fold")
     return Step(method, config, constraint)
 
@@ -320,7 +320,12 @@ def _check(recipe: Recipe) -> list[str]:
                 )
             pending = step
             continue
-        kinds = {s.method.kind for s in recipe.steps[:i]}
+        if pending and step.method.kind != "solver":
+            out.append(
+                f"{where}: {pending.name} before it shares the budget of a pruning or quantization step; put it directly before that"
+            )
+            pending = None
+        kinds = {s.method.kind for s in recipe.steps[:i] if s.method.kind != "allocation"}
         if step.method.kind in REWRITES and kinds - set(REWRITES):
             out.append(f"{where}: {step.name} rewrites the dense model; it must come before every other kind of step")
         if step.method.kind in ("fold", "rotation") and kinds & {"solver", "block", "training"}:
@@ -403,11 +408,6 @@ def _check(recipe: Recipe) -> list[str]:
         out.append(f"calibration: samples ≥ 1 and length ≥ 2 are needed, not {c.samples} × {c.length}")
     out += textless_problems(recipe) if c.data == NONE else []
     odd = [t.name for t in recipe.steps if "forms" in t.method.makes and t.constraint.bits != 16]
-    if odd and recipe.save.format not in ("packed", "dense"):
-        out.append(
-            f"save: format {recipe.save.format} holds uniform integer grids, and {odd[0]} makes another form; use format "
-            "packed, or dense"
-        )
     if odd and any(s.method.kind == "training" for s in recipe.steps):
         out.append(
             f"step {len(recipe.steps)} ({recipe.steps[-1].name}): trains codes of uniform grids and plain weights; what {odd[0]} "

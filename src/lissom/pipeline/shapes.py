@@ -104,7 +104,7 @@ def _widest(step: Step, kind: str, count: int, all_of: int, multiple: int) -> in
 def mean_shape(model: Model, step: Step) -> Shape:
     """Units that a block keeps on average: :func:`shape_after` without ``spread``."""
     even = hasattr(step.config, "spread")
-    return shape_after(model, replace(step, config=replace(step.config, spread=0.0)) if even else step)
+    return shape_after(model, replace(step, config=replace(step.config, spread=0.0, search=0)) if even else step)
 
 
 def full_shape(model: Model) -> dict[str, int]:

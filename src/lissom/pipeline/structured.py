@@ -32,6 +32,7 @@ from .permutation import pattern_of, permute_blocks
 from .recipe import REWRITES, TRAINED, Recipe, Step
 from .shapes import Shape, full_shape, mean_shape, shape_after
 from .stream import stream_block
+from .structured_search import searched
 
 Tick = Callable[[str, int, int], None]
 
@@ -101,7 +102,7 @@ def rewrite(
             setattr(config, switch, True)
         if "gradients" in step.method.needs:
             gradients.gather(model, ids, folder, {"samples"}, tick)
-        counts = _counts(model, step, shape, hidden, folder)
+        counts, record["search"] = _counts(model, step, shape, hidden, folder, ids, tick)
         for i in range(model.blocks):
             block = model.load_block(i)
             wanted = {kind: per_block[i] for kind, per_block in counts.items()}
@@ -228,11 +229,14 @@ def _choose_blocks(model: Model, step: Step, hidden: list[Tensor]) -> tuple[list
     return step.method.run(influences, step.config), influences
 
 
-def _counts(model: Model, step: Step, shape: Shape, hidden: list[Tensor], folder: Path) -> dict[str, list[int]]:
-    """Units that each block keeps. Where blocks may differ, the scores of the dense blocks are compared first."""
+def _counts(
+    model: Model, step: Step, shape: Shape, hidden: list[Tensor], folder: Path, ids: Tensor, tick: Tick | None
+) -> tuple[dict[str, list[int]], dict[str, Any]]:
+    """Units that each block keeps, and what a search found. Where blocks may differ, the scores of the dense blocks are
+    compared first."""
     mean, blocks = asdict(mean_shape(model, step)), range(model.blocks)
     if mean == asdict(shape):
-        return {kind: [mean[kind] for _ in blocks] for kind in KINDS}
+        return {kind: [mean[kind] for _ in blocks] for kind in KINDS}, {}
     scores: dict[str, list[Tensor]] = {k: [] for k in KINDS}
     here = list(hidden)
     for i in blocks:
@@ -248,8 +252,10 @@ def _counts(model: Model, step: Step, shape: Shape, hidden: list[Tensor], folder
                     scores[kind].append(step.method.run(problem, step.config))
 
         here = stream_block(block, here, visit, gram=False)
-    high = asdict(shape)
-    return {k: widths(torch.stack(scores[k]), mean[k], high[k]) for k in KINDS}
+    high, stacked = asdict(shape), {k: torch.stack(s) for k, s in scores.items()}
+    if step.config.search:
+        return searched(model, stacked, mean, high, ids, step.config.search, tick)
+    return {k: widths(s, mean[k], high[k]) for k, s in stacked.items()}, {}
 
 
 def _samples(folder: Path, i: int) -> dict[str, Tensor]:

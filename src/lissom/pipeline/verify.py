@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ _TOKENS = 128  # of the first calibration sample, for the comparison of logits
 _TOLERANCE = 2e-3  # of the largest logit: different kernels add in different orders
 # a difference in the last bit may move a rounded activation to the next code, and then everything after it
 _ROUNDED_TOLERANCE = 5e-2
+_HALF_TOLERANCE = 5e-2  # eight bits of mantissa in every weight and activation
 
 
 def checksum(weight: Tensor) -> int:
@@ -77,8 +79,13 @@ def _transformers(folder: Path, model: Model, ids: Tensor, hidden: Tensor) -> st
     from transformers import AutoModelForCausalLM
 
     ours = model.head(hidden)  # before the other model is there: the head is a large part of a small one
-    theirs = _widened(AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval())
-    beside, allowed = "", _TOLERANCE
+    quantization = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    half = _unpacked_in_half(quantization or {})
+    kind = torch.bfloat16 if half else torch.float32 if quantization else "auto"
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=kind).eval()
+    if not quantization:
+        theirs = _widened(theirs)
+    beside, allowed = (", in bfloat16", _HALF_TOLERANCE) if half else ("", _TOLERANCE)
     if model.operators and getattr(theirs, "hf_quantizer", None) is None:
         bare = copy.copy(model)
         bare.operators = Operators()
@@ -117,6 +124,11 @@ def _widened(model: torch.nn.Module) -> torch.nn.Module:
         block.register_forward_pre_hook(widen)
         block.register_forward_hook(narrow)
     return model
+
+
+def _unpacked_in_half(quantization: Mapping[str, Any]) -> bool:
+    """Whether compressed-tensors gives the weights back in bfloat16 whatever the model's dtype: it does for FP4."""
+    return any("fp4" in str(group.get("format")) for group in quantization.get("config_groups", {}).values())
 
 
 def _gap(a: Tensor, b: Tensor) -> float:

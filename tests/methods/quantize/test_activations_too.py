@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lissom.core import Both, Codes, Grid, Problem, Rotation, Stack, Stats
-from lissom.methods.quantize import METHODS, kv_cache, rotations
+from lissom.core import BlockProblem, Both, Codes, Grid, Problem, RecipeError, Rotation, Sparse, Stack, Stats
+from lissom.methods.quantize import METHODS, kv_cache, rotations, spinquant
 from lissom.methods.quantize.autoround import AutoRound, autoround
 from lissom.methods.quantize.llm_int8 import LLMInt8, llm_int8, mixed_product
 from lissom.methods.quantize.omniquant import OmniQuant, omniquant
 from lissom.methods.quantize.smoothquant import SmoothQuant, fold_into_linear, fold_into_norm, smooth_scale, smoothquant
 from lissom.methods.quantize.vs_quant import VSQuant, fake_vectors, vector_quantize
-from lissom.methods.quantize.zeroquant import ZeroQuant, distil_layer, token_wise_linear
+from lissom.methods.quantize.zeroquant import ZeroQuant, distil_layer, token_wise_linear, zeroquant
 
 from .problems import inputs, problem
 
@@ -37,6 +37,32 @@ def test_smoothing_leaves_the_function_alone_and_flattens_activations() -> None:
     assert torch.allclose((z @ W2.T + b2) * s, z @ before.T + b, atol=1e-4)
     solved = smoothquant(problem(constraint=Grid(8, None, symmetric=True)), SmoothQuant())
     assert solved.notes["activation_peak_smooth"] < solved.notes["activation_peak"]
+
+
+def test_searched_smoothing_is_the_best_of_a_loop_and_respects_owners() -> None:
+    g = torch.Generator().manual_seed(3)
+    x, W = torch.randn(40, 12, generator=g), torch.randn(20, 12, generator=g)
+    x[:, 2] *= 40
+    x[:, 9] *= 12
+    owner = torch.tensor([0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5])
+    grid = Grid(8, None, True)
+    p = Problem(W, Stats.of(x), Stack(((20, Both(None, grid)),)), ("l",), extras={"sample": x, "owner": owner})
+    s, notes = METHODS["smoothquant"].fold(p, SmoothQuant("search"))  # type: ignore[misc]
+    y, errors = x @ W.T, {}
+    for alpha in (0.0, *(i / 20 for i in range(2, 20))):
+        f = smooth_scale(p.stats.absmax, W, alpha) if alpha else torch.ones(12)
+        f = (f.view(2, 6).log().mean(0).exp().repeat(2)).half().float() if alpha else f
+        step = (x / f).abs().amax(1, keepdim=True) / 127.5
+        rounded = torch.round(x / f / step).clamp(-128, 127) * step @ grid.project(W * f).T
+        errors[alpha] = float(((rounded - y).square().sum(1) / y.square().sum(1)).mean())
+    assert notes["alpha"] == min(errors, key=lambda a: errors[a]) and notes["alpha"] > 0
+    assert (
+        notes["error"] == pytest.approx(min(errors.values()), rel=1e-3)
+        and notes["error"] < notes["error_unsmoothed"] / 2
+    )
+    assert torch.equal(s[:6], s[6:])
+    with pytest.raises(RecipeError, match="fold"):
+        smoothquant(p, SmoothQuant("search"))
 
 
 def test_int8_with_outliers_between_its_two_limits() -> None:
@@ -143,6 +169,39 @@ def test_cayley_steps_stay_orthogonal_and_find_the_rotation() -> None:
     assert min(history) < 0.05 * history[0]
 
 
+def test_spinquant_against_a_loop_and_never_above_its_start() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, W = torch.randn(6, 8, generator=g), torch.randn(5, 8, generator=g)
+    R = Rotation(4, 1).matrix()
+    found = spinquant.rounding_loss(R, [spinquant.Seen(x, W)], 3, 4)
+    wide = torch.block_diag(R, R)
+    y, got = torch.zeros(6, 5), torch.zeros(6, 5)
+    for t in range(6):
+        for r in range(5):
+            a, w = x[t] @ wide, W[r] @ wide
+            sa, sw = a.abs().max() / 7, w.abs().max() / 3
+            got[t, r] = sum(
+                float(torch.round(p / sa) * sa * (torch.round(q / sw) * sw)) for p, q in zip(a, w, strict=True)
+            )
+            y[t, r] = x[t] @ W[r]
+    assert float(found) == pytest.approx(float((got - y).square().sum() / y.square().sum()), rel=1e-4)
+
+    x = torch.randn(64, 16, generator=g)
+    x += (
+        20 * torch.randn(64, 1, generator=g) * Rotation(16, 9).matrix()[0]
+    )  # an outlier that Hadamard does not spread best
+    seen = [spinquant.Seen(x, torch.randn(24, 16, generator=g))]
+    config = spinquant.SpinQuant(steps=40, activation_bits=4)
+    start = rotations.turns(config, 16, 4, 32)
+    learned, notes = spinquant.spin(start, seen, [], config)
+    assert learned.stream is not None and learned.values is start.values and learned.inner is None
+    assert notes["stream_loss"] < 0.8 * notes["stream_loss_of_hadamard"]
+    M = learned.stream.matrix()
+    assert torch.allclose(M.T @ M, torch.eye(16), atol=1e-5)
+    after = float(spinquant.rounding_loss(M, seen, 4, 4))
+    assert after == pytest.approx(notes["stream_loss"], rel=0.05)
+
+
 @pytest.mark.parametrize("per", ["token", "channel"])
 def test_cache_against_a_loop_and_fewer_bits_are_worse(per: str) -> None:
     x = torch.randn(2, 3, 20, 8)
@@ -205,6 +264,35 @@ def test_layer_distillation_lowers_the_error_of_a_layer() -> None:
     rounded = {n: grids[n].project(v) for n, v in trained.items()}
     again = torch.stack([F.mse_loss(layer(rounded, x), layer(w, x)) for x in X]).mean()
     assert float(again) == pytest.approx(after, rel=1e-4)
+
+
+def test_distillation_of_a_block_keeps_masks_and_gives_codes() -> None:
+    g = torch.Generator().manual_seed(1)
+    dense = {"up": torch.randn(12, 8, generator=g), "down": torch.randn(8, 12, generator=g)}
+    x = [torch.randn(2, 20, 8, generator=g) for _ in range(2)]
+
+    def forward(w, h: Tensor) -> Tensor:
+        return torch.relu(h @ w["up"].T) @ w["down"].T
+
+    solved = {}
+    for name, pattern in (("up", None), ("down", Sparse(0.5))):
+        p = Problem.of(
+            dense[name], Stats.of(torch.randn(30, dense[name].shape[1], generator=g)), Both(pattern, Grid(2, 4))
+        )
+        solved[name] = p.project(p.weight.abs())
+    block = BlockProblem(solved, x, x, [forward(dense, h) for h in x], forward)
+    found = zeroquant(block, ZeroQuant(60, 3e-3))
+    for s in found.values():
+        assert s.codes is not None and torch.equal(s.codes.decode(), s.weight) and s.codes.bits == 2
+    assert found["down"].mask is not None and not bool(found["down"].weight[~found["down"].mask].any())
+
+    def error(of) -> float:
+        now = {n: s.weight for n, s in of.items()}
+        return sum(float((forward(now, h) - y).square().mean()) for h, y in zip(x, block.targets, strict=True)) / 2
+
+    assert error(found) < 0.8 * error(solved)
+    assert found["up"].notes["block_error_after"] == pytest.approx(error(found), rel=0.02)
+    assert zeroquant(block, ZeroQuant(0)) == solved
 
 
 def test_token_wise_scales_serve_quiet_tokens() -> None:

@@ -260,3 +260,13 @@ def test_a_pass_of_descent_against_a_loop_over_columns() -> None:
     got = descend(W, H, code, params, None)
     assert int((got != want).sum()) <= 1  # a tie may fall either way
     assert int((got != code).sum()) > 50
+
+
+def test_spqr_beside_a_wide_group_a_narrow_one_stays_finite() -> None:
+    """The second level would round the narrow group's scale to 0, and its zero point to infinity."""
+    W = torch.full((4, 256), 1e-6) + 1e-9 * torch.randn(4, 256)
+    W[:, :16] = torch.linspace(-50, 50, 16)
+    problem = Problem.of(W, Stats.of(torch.randn(300, 256)), Grid(3, 16))
+    solved = spqr(problem, SpQR(tau=float("inf")))
+    assert bool(torch.isfinite(solved.weight).all())
+    assert float((solved.weight[:, :16] - W[:, :16]).abs().max()) < 10

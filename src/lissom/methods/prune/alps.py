@@ -89,7 +89,7 @@ def admm(H: Tensor, W: Tensor, pattern: Stack, config: ALPS) -> tuple[Tensor, Te
         else:
             moved.addmm_(y, P, alpha=alpha)  # B̂ + U
         support = pattern.select(torch.mul(moved, moved, out=y))  # squares: a unit's distance to zero
-        torch.mul(moved, support, out=D)
+        torch.mul(moved, y.copy_(support), out=D)  # products with bools are slow
         torch.sub(moved, D, out=U)
         if done % config.interval == 0:
             change = int((support != before).count_nonzero()) / kept

@@ -20,8 +20,10 @@ from .quip import QuIP, quip
 from .rotations import QuaRot, turns
 from .rtn import RTN, rtn
 from .smoothquant import SmoothQuant, smooth, smoothquant
+from .spinquant import SpinQuant, spin
 from .spqr import SpQR, spqr
 from .vs_quant import VSQuant, vs_quant
+from .zeroquant import ZeroQuant, zeroquant
 
 _CODES = frozenset({"codes"})
 _FORMS = frozenset({"codes", "forms"})
@@ -80,7 +82,7 @@ METHODS = {
         ),
         Method(
             "smoothquant", "quantize", "solver", "outliers of activations migrate to weights", "arXiv 2211.10438", SmoothQuant, smoothquant,
-            needs=frozenset({"inputs"}), makes=_FORMS, fold=smooth,
+            needs=frozenset({"inputs", "sample"}), makes=_FORMS, fold=smooth,
         ),
         Method(
             "llm-int8", "quantize", "solver", "outlier inputs in half precision, the rest INT8", "arXiv 2208.07339", LLMInt8, llm_int8,
@@ -91,7 +93,15 @@ METHODS = {
             makes=_FORMS,
         ),
         Method(
+            "zeroquant", "quantize", "block", "each rounded block trained towards the dense one (LKD)", "arXiv 2206.01861", ZeroQuant, zeroquant,
+            needs=frozenset({"gradients", "data", "training"}),
+        ),
+        Method(
             "quarot", "quantize", "rotation", "the hidden states turned so that nothing stands out", "arXiv 2404.00456", QuaRot, turns,
+        ),
+        Method(
+            "spinquant", "quantize", "rotation", "rotations learned on the error that rounding leaves", "arXiv 2405.16406", SpinQuant, turns,
+            needs=frozenset({"data"}), fold=spin,
         ),
         Method(
             "ibert", "quantize", "integer", "a BERT encoder in integers, from ids to the pooled output", "arXiv 2101.01321", IBert, prepare,

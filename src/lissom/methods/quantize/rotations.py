@@ -8,7 +8,7 @@
 
 Weights are (out, in). R1 and R2 are free at run time; R3 and R4 are run-time operators, stored as :class:`Rotation` seeds.
 Layer norms need :func:`centre_writer` (and centred embeddings) first: then they are RMS norms of a centred stream.
-QuaRot takes random signs times Hadamard; SpinQuant learns R1 and R2 by Cayley SGD on a loss (:func:`learn_rotation`).
+QuaRot takes random signs times Hadamard; SpinQuant learns R1 and R2 by Cayley SGD on a loss (:func:`learn_rotation`, :mod:`.spinquant`).
 Sources: Ashkboos et al., NeurIPS 2024 (arXiv 2404.00456); Liu et al., ICLR 2025 (arXiv 2405.16406), eq. 4; methods/02 §22.
 """
 
@@ -16,11 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ...core import Rotation
+from ...core import Orthogonal, Rotation
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,25 @@ class QuaRot:
 class Turns:
     """R1 (width), R2 (head size) and R4 (MLP size); None: not done."""
 
-    stream: Rotation | None
-    values: Rotation | None
+    stream: Rotation | Orthogonal | None
+    values: Rotation | Orthogonal | None
     inner: Rotation | None
 
 
-def turns(config: QuaRot, width: int, head: int, inner: int) -> Turns:
+class Asked(Protocol):
+    """What every step of this kind says."""
+
+    @property
+    def stream(self) -> bool: ...
+    @property
+    def values(self) -> bool: ...
+    @property
+    def online(self) -> bool: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def turns(config: Asked, width: int, head: int, inner: int) -> Turns:
     """The Hadamard rotations that ``config`` asks for."""
     return Turns(
         Rotation(width, config.seed) if config.stream else None,
@@ -68,17 +82,17 @@ def centre_writer(weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, T
     return weight - weight.mean(0, keepdim=True), None if bias is None else bias - bias.mean()
 
 
-def rotate_reader(weight: Tensor, R: Rotation) -> Tensor:
+def rotate_reader(weight: Tensor, R: Rotation | Orthogonal) -> Tensor:
     """``W R``: reads the rotated stream x R as it read x. Embeddings (vocabulary, width) turn the same way."""
     return R.apply(weight)
 
 
-def rotate_writer(weight: Tensor, R: Rotation) -> Tensor:
+def rotate_writer(weight: Tensor, R: Rotation | Orthogonal) -> Tensor:
     """``Rᵀ W``: writes the rotated stream. A bias (out,) turns by ``R.apply(bias)``."""
     return R.apply(weight.T.contiguous()).T.contiguous()
 
 
-def rotate_values(v: Tensor, o: Tensor, R: Rotation) -> tuple[Tensor, Tensor]:
+def rotate_values(v: Tensor, o: Tensor, R: Rotation | Orthogonal) -> tuple[Tensor, Tensor]:
     """R2: every head's values turn by R (head size), and the output projection turns back.
 
     ``v`` (kv heads · size, width), ``o`` (width, heads · size). Grouped queries share the R of their value head, and
@@ -92,8 +106,8 @@ def rotate_values(v: Tensor, o: Tensor, R: Rotation) -> tuple[Tensor, Tensor]:
 def rotate_block(
     weights: Mapping[str, Tensor],
     gains: Mapping[str, Tensor],
-    R1: Rotation,
-    R2: Rotation | None = None,
+    R1: Rotation | Orthogonal,
+    R2: Rotation | Orthogonal | None = None,
     R4: Rotation | None = None,
 ) -> dict[str, Tensor]:
     """The weights of a block under all fused rotations.

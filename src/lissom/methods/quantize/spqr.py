@@ -16,7 +16,7 @@ weights (static groups), so that ``act_order`` keeps groups contiguous; damping 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -86,6 +86,8 @@ def _grid(W: Tensor, outlier: Tensor, bits: int, group: int, config: SpQR) -> tu
     low, high = torch.stack(lows, 1), torch.stack(highs, 1)
     scale = ((high - low) / (2**bits - 1)).clamp_min(1e-8)
     scale = second_level(scale, config.meta_bits, config.meta_group)
+    # beside wide groups a narrow one may get step 0, which no zero point can make up for: the smallest step instead
+    scale = replace(scale, codes=torch.where(scale.decode() > 0, scale.codes, scale.codes.clamp_min(1)))
     step = scale.decode().clamp_min(1e-8)  # a scale code of 0 may decode to the smallest scale, never below
     return scale, second_level(-low / step, config.meta_bits, config.meta_group)
 

@@ -12,27 +12,18 @@ standardised scores over all blocks and leaves widths that differ). One forward 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ...core import UnitProblem
+from .shares import Widths
 
 
 @dataclass(frozen=True)
-class FLAP:
-    """``keep_heads``, ``keep_neurons``: fractions that remain in every block. ``bias``: compensate where the architecture
-    can hold a bias.
+class FLAP(Widths):
+    """``bias``: compensate where the architecture can hold a bias."""
 
-    ``spread``: widths of blocks may differ by so much. ``target``, ``of``: a size that the result must not exceed.
-    """
-
-    keep_heads: float = 1.0
-    keep_neurons: float = 0.8
-    spread: float = 0.0
-    target: float | None = None
-    of: Literal["parameters", "bytes", "latency"] = "parameters"
     bias: bool = True
 
 

@@ -10,26 +10,20 @@ Differs: all removals at once, the same number in every block (the paper removes
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ...core import UnitProblem
+from .shares import Widths
 
 
 @dataclass(frozen=True)
-class HeadImportance:
-    """``keep_heads``, ``keep_neurons``: fractions that remain in every block.
-
-    ``spread``: widths of blocks may differ by so much. ``target``, ``of``: a size that the result must not exceed.
-    """
+class HeadImportance(Widths):
+    """Heads go by default, and all neurons stay."""
 
     keep_heads: float = 0.8
     keep_neurons: float = 1.0
-    spread: float = 0.0
-    target: float | None = None
-    of: Literal["parameters", "bytes", "latency"] = "parameters"
 
 
 def head_importance(problem: UnitProblem, config: HeadImportance) -> Tensor:

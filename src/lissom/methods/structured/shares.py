@@ -7,15 +7,29 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
-class Shares:
-    """``keep_heads``, ``keep_neurons``: fractions that remain in every block; ``keep_channels`` of the hidden state.
+class Widths:
+    """``keep_heads``, ``keep_neurons``: fractions that remain in every block.
 
-    ``spread``: widths of blocks may differ by so much. ``target``, ``of``: a size that the result must not exceed.
+    ``spread``: widths of blocks may differ by so much; by how much is said by the scores, or, with ``search`` > 0, by
+    measuring so many plans. ``target``, ``of``: a size that the result must not exceed.
     """
 
     keep_heads: float = 1.0
     keep_neurons: float = 0.8
-    keep_channels: float = 1.0
     spread: float = 0.0
+    search: int = 0
     target: float | None = None
     of: Literal["parameters", "bytes", "latency"] = "parameters"
+
+    def __post_init__(self) -> None:
+        if self.search < 0 or (self.search and not self.spread):
+            raise ValueError(
+                "search must not be negative, and needs a spread: it looks for widths that differ by block"
+            )
+
+
+@dataclass(frozen=True)
+class Shares(Widths):
+    """``keep_channels``: the fraction of the hidden state that remains."""
+
+    keep_channels: float = 1.0
