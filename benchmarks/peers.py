@@ -19,7 +19,8 @@ lissom run used exactly these is checked by their hash. Evaluation: `lissom eval
 Seconds are of the whole process, start to exit (imports, reading, writing and – lissom – loading back included), and so is the peak of
 resident memory. Finished rows are kept in benchmarks/rows/peers/; ``--again`` measures them anew. Rows of one call share their
 ``run``, and only those may be compared in time. ``--wrap "slot --quiet --"`` puts a queue before each measured process, whose
-waiting is not counted; ``--wrap-evaluate`` before each evaluation; ``--at-once 3`` hands three rows to the queue together. ``--render`` writes the tables into RESULTS.md.
+waiting is not counted; ``--wrap-evaluate`` before each evaluation; ``--at-once 3`` hands three rows to the queue together.
+``--render`` writes the table into RESULTS.md.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from lissom.evaluate import fingerprint, load_text, samples, tokenize
 from lissom.export import open_model
 
 ROWS = HERE / "rows" / "peers"
-GROUP = 64  # 128 does not divide the model's 576 inputs, which both peers ask for
+GROUP = 64  # 128 does not divide the model's 576 inputs, which llm-compressor asks for
 
 
 def peer_rows() -> dict[str, dict[str, Any]]:
