@@ -24,6 +24,7 @@ CASES = {
     "70": ["--set", "sparsity=0.7"],
     "4:16+int4": ["--set", "pattern=4:16", "--set", "sparsity=null", "--set", "bits=4", "--set", "group_size=64", "--format", "packed"],
 }  # fmt: skip
+RECONSTRUCT = ["--set", "epochs=2", "--set", "learning_rate=0.003"]  # by the errors of single blocks on held-out text
 HEAL = {
     "use": "heal", "teacher": "demo", "steps": 100_000, "batch": 4, "length": 256, "learning_rate": 3e-4, "warmup": 0.1,
     "held_out": 8, "evaluate_every": 8, "precision": "bfloat16",
@@ -59,6 +60,7 @@ def run(case: str, stage: str, folder: Path, minutes: float, samples: int) -> di
             "--recipe",
             {"one-shot": "sparsegpt", "reconstruct": "sparsegpt-healed"}[stage],
             *CASES[case],
+            *(RECONSTRUCT if stage == "reconstruct" else []),
         ]
     made = lissom("compress", *given, *common)
     seen = lissom("evaluate", str(out), *evaluation_on("test.raw.txt"))

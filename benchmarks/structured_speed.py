@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--llama-python", default=sys.executable)
     parser.add_argument("--new", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--type", default="q8_0")
+    parser.add_argument("--type", default="Q8_0")
     parser.add_argument("--keep", default="")
     options = parser.parse_args()
     work = Path(options.keep or tempfile.mkdtemp(prefix="lissom-speed-"))

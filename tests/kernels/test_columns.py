@@ -86,20 +86,11 @@ def test_sweeps_agree_up_to_rounding(constraint, isa):
         assert torch.equal(b.codes.decode(), b.weight)
 
 
-def test_activation_order_and_instruction_sets_and_threads():
+def test_instruction_sets_give_the_same_bytes_in_activation_order():
     p = replace(problem(Grid(4, 32)), loop=compiled)
     factor = p.factor(0.01, True)
     first = sweep(p, factor)
     assert torch.equal(first.weight, sweep(replace(p, loop=lambda *a: compiled(*a, isa="portable")), factor).weight)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        strips = [strip(1000, 32, True, 5) for _ in range(2)]
-        compiled(strips[0], None, 0, 32, 32)
-    finally:
-        torch.set_num_threads(threads)
-    compiled(strips[1], None, 0, 32, 32)
-    assert torch.equal(strips[0].q, strips[1].q) and torch.equal(strips[0].errors, strips[1].errors)
 
 
 def test_not_a_number_stays_so():

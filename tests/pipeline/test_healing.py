@@ -128,6 +128,8 @@ def test_a_cached_teacher_an_average_and_recomputing_heal_too(trained, tmp_path)
         ({"cache": 8, "relations": 1.0}, "attention and relations 0"),
         ({"layers": "first"}, "must be one of uniform, last"),
         ({"rewind": 1.0}, "rewind must be"),
+        ({"gradual": 0.8, "ema": 0.9}, "neither patience nor ema"),
+        ({"gradual": 1.0}, "gradual must be between"),
         ({"patience": 0}, "patience must be at least 1"),
         ({"ema": 1.0}, "ema must be between"),
     ],
@@ -191,3 +193,25 @@ def test_inner_states_are_matched_when_asked_for(trained, tmp_path):
     made = compress(trained, tmp_path / "out", [STEPS[0], {**step, "rewind": 0.5}], overrides=SMALL)
     history = made["healing"]["heal"]
     assert history[-1]["held_out"] < history[0]["held_out"]
+
+
+def test_masks_grow_along_the_cubic_while_the_model_heals(trained, tmp_path):
+    step = {**HEAL, "steps": 12, "gradual": 0.7, "updates": 3}
+    steps = [{"use": "sparsegpt", "sparsity": 0.5}, step]
+    made = compress(trained, tmp_path / "out", steps, overrides=SMALL)
+    assert made["sparsity"] == pytest.approx(0.7, abs=2e-3)
+
+    def stop(what, done, total):
+        if (what, done) == ("heal", 5):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(trained, tmp_path / "again", steps, overrides=SMALL, tick=stop)
+    compress(trained, tmp_path / "again", steps, overrides=SMALL)
+    for file in sorted((tmp_path / "out").glob("*.safetensors")):
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+    grid = [{"use": "gptq", "bits": 4, "group_size": 32}, {**step, "steps": 4}]
+    packed = compress(
+        trained, tmp_path / "packed", grid, overrides=[*SMALL, "format=packed"]
+    )  # loaded back and compared
+    assert packed["sparsity"] >= 0.7 - 2e-3 and {r["pattern"] for r in packed["layers"]} == {"unstructured"}

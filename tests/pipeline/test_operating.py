@@ -16,6 +16,7 @@ from lissom.models import InputGrid, Model, Operators
 from lissom.models.operators import BlockOperators, read_operators
 from lissom.pipeline import compress, plan
 from lissom.pipeline.stream import stream_block
+from lissom.pipeline.verify import cache_is_rounded
 
 IDS = torch.randint(2, 300, (2, 20), generator=torch.Generator().manual_seed(0))
 SMALL = ["samples=4", "length=32", f"calibration.data={tiny.__file__}"]
@@ -106,6 +107,11 @@ def test_transformers_runs_the_artefact_as_lissom_does(random_checkpoint, tmp_pa
         expected = theirs(IDS).logits
     model = Model(open_model(out))
     size = expected.abs().max()
+    if model.operators.cache and not cache_is_rounded(theirs):  # transformers 5.24 with compressed-tensors 0.20
+        assert "both without the rounded cache" in made["verified"]["transformers"]
+        model.operators = dataclasses.replace(model.operators, cache=None)
+        torch.testing.assert_close(model.forward(IDS), expected, atol=2e-4, rtol=2e-4)
+        return
     assert float((model.forward(IDS) - expected).abs().quantile(0.9) / size) < 1e-4
     model.operators = Operators()
     assert float((model.forward(IDS) - expected).abs().quantile(0.9) / size) > 1e-4  # both do round

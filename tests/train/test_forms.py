@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lissom.core import NM, Both, Grid, Problem, Sparse, Stats
 from lissom.methods.heal.legal import Legal
-from lissom.train import Gated, HardConcrete, Latent, LoRA, solved_of
+from lissom.train import Gated, Gradual, HardConcrete, Latent, LoRA, solved_of
 from lissom.train.schedules import cubic, rate, rewound
 
 
@@ -95,3 +95,18 @@ def test_rate_and_cubic_by_hand():
     assert cubic(0.5, 0.8, initial=0.2) == pytest.approx(0.8 - 0.6 / 8)
     assert cubic(0.1, 0.8, start=0.2) == 0 and cubic(0.9, 0.8, stop=0.5) == pytest.approx(0.8)
     assert rewound(0, 0.6) == 0.6 and rewound(1, 0.6) == 1
+
+
+def test_masks_of_a_gradual_pruning_by_hand():
+    forms = {"a": Latent(torch.tensor([[1.0, -8.0, 3.0, 5.0, 2.0, -7.0, 4.0, 6.0]]))}
+    gradual = Gradual(forms, 0.75, updates=2, rise=0.5)
+    zeros = []
+    for progress in (0.0, 0.2, 0.25, 0.4, 0.5, 0.9):
+        gradual.step(0, progress)
+        zeros.append(int((forms["a"].weight() == 0).sum()))
+    assert zeros == [0, 0, 5, 5, 6, 6]  # 0.75 (1 − 0.5³) = 0.656 of 8 after half of the rise
+    assert forms["a"].weight().tolist() == [[0, -8, 0, 0, 0, -7, 0, 0]]
+    half = Latent(torch.arange(1.0, 9.0)[None], Legal(torch.tensor([[False] * 4 + [True] * 4]), None))
+    Gradual({"b": half}, 0.75, updates=1, rise=1.0).step(0, 1.0)
+    assert half.weight().tolist() == [[0] * 6 + [7, 8]]
+    assert not gradual.leaves()["a:mask"].is_floating_point()

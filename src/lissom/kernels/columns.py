@@ -19,8 +19,10 @@ def column_loop() -> ColumnLoop:
 
 def compiled(strip: Strip, params: GridParams | None, begin: int, end: int, reach: int, isa: str = "") -> None:
     """The same as :func:`.decide_columns`, for float32 on the processor; other tensors go there. Masks and codes agree up to
-    rounding: products are not fused and sums go in the same order, but torch may fuse them. Rows are shared out over torch's
-    number of threads, which changes nothing in the result.
+    rounding: products are not fused and sums go in the same order, but torch may fuse them.
+
+    One thread does it: the loop is a twentieth of a sweep, and threads beside torch's own, which wait spinning, cost more than
+    they bring.
     """
     w = strip.w
     if extension is None or w.dtype != torch.float32 or w.device.type != "cpu" or reach - begin > _MOST:
@@ -32,7 +34,7 @@ def compiled(strip: Strip, params: GridParams | None, begin: int, end: int, reac
     codes = None if strip.codes is None else _array(strip.codes)
     extension.decide_columns(
         _array(w), _array(strip.u), keep, *grid, _array(strip.q), _array(strip.errors), codes,
-        begin, end, reach, torch.get_num_threads(), isa,
+        begin, end, reach, isa,
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from ..methods.heal.legal import Legal
 from ..models import Model
 from ..train import (
     Batches,
+    Gradual,
     Latent,
     LoRA,
     Network,
@@ -117,9 +118,12 @@ def heal(
         steps=config.steps, minutes=config.minutes, accumulate=config.accumulate, learning_rate=config.learning_rate,
         warmup=config.warmup, rewind=config.rewind, ema=config.ema, patience=config.patience, evaluate_every=config.evaluate_every,
         precision=config.precision, save_every=4 * config.evaluate_every,
+        keep_best=config.gradual is None,
     )  # fmt: skip
+    grow = _gradual(student, records, config)
     state = train(
-        student.leaves(), loss, batches, settings, folder=folder,
+        student.leaves() | (grow.leaves() if grow else {}), loss, batches, settings, folder=folder,
+        before_step=grow.step if grow else None,
         tensorboard=Path(config.tensorboard) if config.tensorboard else None,
         held_out=lambda: held_out_loss(student, judged),
         identity=json.dumps(
@@ -189,6 +193,16 @@ def _student(
     return student, stored
 
 
+def _gradual(student: Network, records: Sequence[LayerRecord], config: Any) -> Gradual | None:
+    if config.gradual is None:
+        return None
+    free = {f"{r.name}.weight" for r in records if ":" not in r.pattern}
+    return Gradual(
+        {n: f for n, f in student.forms.items() if n in free and isinstance(f, Latent)},
+        config.gradual, config.updates, config.rise,
+    )  # fmt: skip
+
+
 _PRUNED = 0.05  # a dense layer with more zeros than this was pruned, and its zeros stay
 
 
@@ -212,10 +226,13 @@ def _write(
             form = forms.get(f"{layer.name}.weight")
             if isinstance(form, Latent | LoRA) and layer.name in before:
                 solved = solved_of(form, _solved(before[layer.name], form.legal.mask))
-                result = LayerResult(layer, solved, record.pattern, 0.0, 0.0)
+                pattern = "unstructured" if record.pattern == "dense" and solved.mask is not None else record.pattern
+                result = LayerResult(layer, solved, pattern, 0.0, 0.0)
             new, stored = artefact.layer(block, layer, result, record.cluster)
             block.set_weight(layer.name, stored)
-            out.append(replace(record, sparsity=new.sparsity, bytes=new.bytes, checksum=new.checksum))
+            out.append(
+                replace(record, pattern=new.pattern, sparsity=new.sparsity, bytes=new.bytes, checksum=new.checksum)
+            )
         artefact.block(i, block)
     return out
 

@@ -4,6 +4,7 @@ from ..methods.heal.objective import Objective
 from .batches import Batches, Mixture, reweighted
 from .forms import Form, Frozen, Gated, HardConcrete, Latent, LoRA, solved_of
 from .gates import Gates, lagrangian
+from .gradual import Gradual
 from .loop import State, Training, train
 from .objective import cache_teacher, held_out_loss, loss_against, loss_against_cache
 from .ranks import Ranks
@@ -15,6 +16,7 @@ __all__ = [
     "Frozen",
     "Gated",
     "Gates",
+    "Gradual",
     "HardConcrete",
     "Latent",
     "LoRA",

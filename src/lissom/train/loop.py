@@ -132,9 +132,10 @@ def train(
         raise CalibrationError("nothing is to be trained: every layer's stored form is fixed")
     tensors = [leaves[n] for n in names]
     device = tensors[0].device
-    factors = [(rates or {}).get(n, 1.0) for n in names]
+    moving = {n: t for n, t in leaves.items() if t.requires_grad}
+    factors = [(rates or {}).get(n, 1.0) for n in moving]
     groups = [
-        {"params": [t], "weight_decay": 0.0} if n in (rates or {}) else {"params": [t]} for n, t in leaves.items()
+        {"params": [t], "weight_decay": 0.0} if n in (rates or {}) else {"params": [t]} for n, t in moving.items()
     ]
     optimiser = torch.optim.AdamW(
         groups, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
@@ -142,7 +143,7 @@ def train(
     identity = json.dumps([identity, {k: v for k, v in asdict(config).items() if k != "save_every"}], sort_keys=True)
     state = _load(folder, identity, names, tensors, optimiser) if folder else State()
     if config.ema is not None and not state.ema:
-        state.ema = {n: t.detach().clone() for n, t in leaves.items()}
+        state.ema = {n: t.detach().clone() for n, t in moving.items()}
     started = time.perf_counter() - state.seconds
     board = Board(tensorboard if ranks.rank == 0 else None)
 

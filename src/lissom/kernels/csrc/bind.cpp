@@ -174,12 +174,12 @@ NB_MODULE(_C, m) {
             return keep ? best : 0.0;
         },
         nb::arg("threads"), nb::arg("bytes") = (size_t)256 << 20, nb::arg("repeats") = 5);
-    // A run of columns of a sweep, in place; rows are shared out over `threads`.
+    // A run of columns of a sweep, in place.
     m.def(
         "decide_columns",
         [](Out<float, 2> w, In<float, 2> u, std::optional<In<uint8_t, 2>> keep, std::optional<In<float, 1>> scale,
            std::optional<In<float, 1>> zero, std::optional<In<float, 1>> levels, Out<float, 2> q, Out<float, 2> errors,
-           std::optional<Out<uint8_t, 2>> codes, int begin, int end, int reach, int threads, const std::string &isa) {
+           std::optional<Out<uint8_t, 2>> codes, int begin, int end, int reach, const std::string &isa) {
             const int64_t span = (int64_t)w.shape(0), rows = (int64_t)w.shape(1);
             auto same = [&](const auto &x) { return (int64_t)x.shape(0) == span && (int64_t)x.shape(1) == rows; };
             auto row = [&](const auto &x) { return x && (int64_t)x->shape(0) == rows; };
@@ -205,16 +205,9 @@ NB_MODULE(_C, m) {
                                    reach};
             const Ops *ops = ops_named(isa);
             nb::gil_scoped_release release;
-            if (threads == 1) return ops->decide(run, 0, rows);
-            std::lock_guard<std::mutex> guard(pool_lock);
-            Pool &pool = shared_pool(threads);
-            Ticket ticket;
-            pool.run([&](int) {
-                for (int from, to; ticket.take((int)rows, 2 * TILE_ROWS, from, to);) ops->decide(run, from, to);
-            });
+            ops->decide(run);
         },
         nb::arg("w"), nb::arg("u"), nb::arg("keep").none(), nb::arg("scale").none(), nb::arg("zero").none(), nb::arg("levels").none(),
-        nb::arg("q"), nb::arg("errors"), nb::arg("codes").none(), nb::arg("begin"), nb::arg("end"), nb::arg("reach"), nb::arg("threads") = 1,
-        nb::arg("isa") = "");
+        nb::arg("q"), nb::arg("errors"), nb::arg("codes").none(), nb::arg("begin"), nb::arg("end"), nb::arg("reach"), nb::arg("isa") = "");
     bind_engine(m);
 }

@@ -1,7 +1,7 @@
 // The innermost loop of the error-feedback sweep (lissom/core/columns.py is its definition): some columns are decided one after
 // the other, for many rows at once. Everything is transposed: a column of W is contiguous, its rows are the lanes.
 //
-// Rows are independent, so how they are cut into tiles and threads changes nothing. A tile is copied to the stack, since columns
+// Rows are independent, so how they are cut into tiles changes nothing. A tile is copied to the stack, since columns
 // stand a power of two apart in memory often enough to fall into the same few lines of the cache.
 #pragma once
 #include <cstdint>

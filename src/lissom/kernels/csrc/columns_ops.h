@@ -48,9 +48,9 @@ template <bool GRID> void decide_tile(const ColumnRun &c, int64_t row, int count
     }
 }
 
-void decide(const ColumnRun &c, int64_t from, int64_t to) {
-    for (int64_t row = from; row < to; row += TILE_ROWS) {
-        const int count = (int)(to - row < TILE_ROWS ? to - row : TILE_ROWS);
+void decide(const ColumnRun &c) {
+    for (int64_t row = 0; row < c.rows; row += TILE_ROWS) {
+        const int count = (int)(c.rows - row < TILE_ROWS ? c.rows - row : TILE_ROWS);
         if (c.scale)
             decide_tile<true>(c, row, count);
         else

@@ -71,8 +71,8 @@ struct Ops { // one table for each instruction set
     void (*silu_mul)(float *gate, const float *up, int n); // gate = silu(gate) * up
     // strip of binary-coded weights, see linear.h
     void (*bcq)(const uint8_t *strip, int tiles, int G, int bits, const int8_t *table, const Acts &, int t, float *out);
-    // rows `from … to - 1` of a run of columns of a sweep
-    void (*decide)(const ColumnRun &, int64_t from, int64_t to);
+    // a run of columns of a sweep
+    void (*decide)(const ColumnRun &);
 };
 
 // Null when the compiler or the target has none.

@@ -29,7 +29,8 @@ class Heal:
     ``cache`` > 0: the teacher's so many largest log-probabilities are written to disk first, and the teacher let go.
     ``hidden``, ``attention``, ``relations``: weights of matching hidden states (of ``layers``), attention maps and query, key
     and value relations. ``rewind``: the learning rate starts where its schedule is at this share, as in a training that is
-    run again from there. ``tensorboard``: a folder for curves. ``teacher``: a checkpoint to learn from; empty: the model before compression."""
+    run again from there. ``gradual``: the share of zeros to which the masks grow meanwhile, by magnitude along a cubic, in
+    ``updates`` until the share ``rise`` of the training (layers with an N:M pattern keep theirs). ``tensorboard``: a folder for curves. ``teacher``: a checkpoint to learn from; empty: the model before compression."""
 
     steps: int = 500
     minutes: float | None = None
@@ -51,6 +52,9 @@ class Heal:
     attention: float = 0.0
     relations: float = 0.0
     rewind: float = 0.0
+    gradual: float | None = None
+    updates: int = 20
+    rise: float = 0.6
     ema: float | None = None
     patience: int | None = None
     recompute: bool = False
@@ -75,6 +79,12 @@ class Heal:
             raise ValueError(f"patience must be at least 1, not {self.patience}")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"ema must be between 0 and 1, not {self.ema}")
+        if self.gradual is not None and (
+            not 0 < self.gradual < 1 or self.rank or self.updates < 1 or not 0 < self.rise <= 1
+        ):
+            raise ValueError("gradual must be between 0 and 1 and needs rank 0, updates ≥ 1 and rise in (0, 1]")
+        if self.gradual is not None and (self.patience is not None or self.ema is not None):
+            raise ValueError("gradual ends at its sparsity, with the last weights: set neither patience nor ema")
         if not 0 <= self.rewind < 1:
             raise ValueError(f"rewind must be at least 0 and below 1, not {self.rewind}")
         inner = self.hidden or self.attention or self.relations

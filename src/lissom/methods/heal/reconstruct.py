@@ -45,9 +45,9 @@ class Reconstruct:
     steps; then cosine to zero); ``inputs`` compressed|dense|both; ``held_back`` fraction of samples; ``reselect`` fraction of the
     kept weights that change places in each of ``rounds``; ``seed`` of the order."""
 
-    epochs: int = 2
+    epochs: int = 4
     batch: int = 1
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
     warmup: float = 0.1
     inputs: Literal["compressed", "dense", "both"] = "compressed"
     held_back: float = 0.125
