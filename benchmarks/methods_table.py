@@ -1,6 +1,6 @@
 """Every pruning method at every sparsity and pattern on the demo model, at a reduced cost; each row a saved and loaded artefact.
 
-    .venv/bin/python benchmarks/methods_table.py [--only PATTERN] [--list] [--render]
+    .venv/bin/python benchmarks/methods_table.py [--only PATTERN] [--minutes M] [--list] [--render]
 
 Protocol: 8 × 512 calibration tokens of WikiText-2 valid, seed 0; perplexity and KL (dense ‖ pruned, nats a token) of the first 8
 windows of 256 tokens of the raw test text. The demo model is converted to dense float32 safetensors once. Every row runs in a
@@ -44,7 +44,7 @@ SOLVERS: dict[str, list[dict[str, Any]]] = {
     "gblm": [{"use": "gblm"}],
     "obd": [{"use": "obd"}],
     "obs": [{"use": "obs"}],
-    "llm-surgeon": [{"use": "llm-surgeon", "shots": 1, "iterations": 20}],
+    "llm-surgeon": [{"use": "llm-surgeon", "steps": 1, "iterations": 20}],
     "isc": [{"use": "isc"}],
     "sparsegpt": [{"use": "sparsegpt"}],
     "wanda, dsnot": [{"use": "wanda"}, {"use": "dsnot"}],
@@ -54,14 +54,22 @@ SOLVERS: dict[str, list[dict[str, Any]]] = {
     "alps": [{"use": "alps"}],
     "oats": [{"use": "oats"}],
 }
-ALLOCATIONS = (
-    "owl", "atp", "alpha-pruning", "besa", "trace-steps", "equal-marginal", "loss-clusters",
-)  # fmt: skip
+SEARCH = {"use": "predictor-search", "plans": 12, "rounds": 1, "verify": 2, "trial_samples": 2, "trial_windows": 2}
+ALLOCATIONS = {
+    name: {"use": name}
+    for name in (
+        "owl",
+        "atp",
+        "alpha-pruning",
+        "besa",
+        "trace-steps",
+        "equal-marginal",
+        "global-threshold",
+        "loss-clusters",
+    )
+} | {"predictor-search": SEARCH}
 PERMUTED = ("ria", "sparsegpt", "alps")
-WITHOUT = {
-    "l-obs": "out · in³ multiplications for each layer: 80 T for this model's layers, most of them in products of vectors; "
-    "measured on a small model below",
-}
+WITHOUT = {"l-obs": "out · in³ multiplications, some 6 hours; measured on rows of real layers below"}
 
 
 def steps_of(name: str, column: str) -> list[dict[str, Any]] | None:
@@ -75,7 +83,7 @@ def steps_of(name: str, column: str) -> list[dict[str, Any]] | None:
     elif first == "permuted":
         return None if unstructured else [{"use": "channel-permutation"}, *steps_of(solver, column)]  # type: ignore[misc]
     else:
-        allocation = {"use": first}
+        allocation = ALLOCATIONS[first]
         if m == 16:
             spend = {"sparsity": 1 - n / m, "pattern": "n:16"}
         elif not unstructured:
@@ -156,6 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model", nargs="?", default="demo")
     parser.add_argument("--only", default="")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no row after so many")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--render", action="store_true")
     options = parser.parse_args()
@@ -171,7 +180,10 @@ def main() -> None:
         text = tokenize(open_model(source).tokenizer(), load_text(str(DATA / "test.raw.txt")))
         ids = windows(text, PROTOCOL["windows"], PROTOCOL["window"])
         forked(keep_reference, source, ids)
+        started = time.monotonic()
         for name, column in waiting:
+            if time.monotonic() - started > 60 * options.minutes:
+                break
             result = forked(row, source, steps_of(name, column), ids)
             if isinstance(result, Exception):
                 result = {"failed": f"{type(result).__name__}: {result}"}

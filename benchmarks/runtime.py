@@ -19,6 +19,10 @@ from lissom.kernels.native import extension, isa
 from lissom.run.bench import llama_contender, some_tokens
 from lissom.run.engine import Engine
 
+RIVAL = "llama.cpp Q4_0"
+# as it comes, and with its weights in huge pages (glibc 2.35 or later), where lissom always puts them
+RIVALS = {RIVAL: {}, f"{RIVAL}, huge pages": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}}
+
 
 def run_engine(engine, prompt, new, greedy):
     engine.release()
@@ -56,7 +60,10 @@ def main():
         if options.llama_python:
             file = str(write_gguf(shape, Path(folder) / "model.gguf"))
             for t in threads:
-                rivals["llama.cpp Q4_0", t] = llama_contender(file, t, context, options.llama_python, None, "as-is")
+                for name, environment in RIVALS.items():
+                    rivals[name, t] = llama_contender(
+                        file, t, context, options.llama_python, None, "as-is", environment
+                    )
         greedy = extension.Sampling(0.0, 0, 1.0, 0.0, 1.0)
         prompt = some_tokens(options.prompt, shape["vocabulary"])
         bandwidth = {t: 0.0 for t in threads}
@@ -79,7 +86,7 @@ def main():
     print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for key, results in runs.items():
         middle = medians(results)
-        base = medians(runs["llama.cpp Q4_0", key[1]]) if rivals else middle
+        base = medians(runs[RIVAL, key[1]]) if rivals else middle
         size = engines[key].bytes_per_token if key in engines else rivals[key].info["file_bytes"]
         cells = []
         for kind, count in (("decode", options.new), ("prefill", options.prompt)):

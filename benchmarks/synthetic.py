@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 
 from lissom.kernels.native import extension
-from lissom.run.parts import ROLES, VECTORS, BlockParts, Layers, Parts
+from lissom.run.parts import ROLES, VECTORS, BlockParts, Layers, Parts, gather
 
 SHAPES: dict[str, dict[str, int]] = {
     "demo-shape": {"layers": 30, "width": 576, "inner": 1536, "heads": 9, "kv_heads": 3, "vocabulary": 49152},
@@ -72,10 +72,12 @@ def parts(shape: dict[str, int], form: str, outer: str = "int8") -> Parts:
         "attention_scale": HEAD_DIM**-0.5, "window": 0,
     }  # fmt: skip
     size = sum(m.bytes for m in first.values()) * shape["layers"] + head.bytes
-    return Parts(
+    made = Parts(
         "synthetic", sizes, 8192, blocks, head, head, [1.0] * width, frequency, frozenset, lambda: None,
         Layers({}, size, []),
     )  # fmt: skip
+    gather(made)
+    return made
 
 
 def write_gguf(shape: dict[str, int], path: Path) -> Path:

@@ -209,6 +209,23 @@ def test_without_text_nothing_is_learned_from_it(steps, words):
         read(steps, ["calibration.data=none"])
 
 
+def test_without_text_what_the_run_rounds_by_token_is_allowed():
+    assert read([{"use": "wanda", "sparsity": 0.5}, {"use": "kv-cache"}], ["calibration.data=none"]).steps
+    with pytest.raises(RecipeError, match="kv-cache learns from text"):
+        read([{"use": "wanda", "sparsity": 0.5}, {"use": "kv-cache", "static": True}], ["calibration.data=none"])
+
+
+def test_a_target_is_met_in_one_pass():
+    with pytest.raises(RecipeError, match="leave out alps's shots"):
+        read(
+            {
+                "steps": [{"use": "alps", "sparsity": 0.5, "shots": 2}],
+                "target": {"bits": 3},
+                "save": {"format": "packed"},
+            }
+        )
+
+
 def test_units_must_divide_the_layers(trained):
     with pytest.raises(RecipeError, match="unit 5x1 does not divide"):
         lissom.plan(trained, [{"use": "wanda", "sparsity": 0.5, "unit": "5x1"}])

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from lissom.core import Binary, CheckpointError, Codes, Grid, LissomError
 from lissom.kernels import extension, isa
@@ -319,3 +321,35 @@ def test_a_binary_coded_checkpoint_runs_as_it_is_stored(tmp_path):
     engine = Engine(tmp_path / "out", threads=1)
     names = [n for n in engine.layers.forms if "_proj" in n]
     assert len(names) == 14 and all(engine.layers.forms[n] == "binary × 3" for n in names)
+
+
+def test_damaged_checkpoints_are_refused(tmp_path):
+    """A packed 4:16 checkpoint with a changed byte, cut short, or with a position that does not exist."""
+    import lissom
+
+    tiny_model("llama", tmp_path / "dense", hidden_size=64, intermediate_size=96)
+    recipe = {"steps": [{"use": "magnitude", "sparsity": 0.75, "pattern": "4:16", "bits": 4, "group_size": 32}]}
+    options = ["samples=1", "length=16", "save.format=packed"]
+    lissom.compress(tmp_path / "dense", tmp_path / "out", recipe, overrides=options)
+    assert "4:16 int4" in Engine(tmp_path / "out", threads=1).layers.forms.values()
+    file = next((tmp_path / "out").glob("*.safetensors"))
+    good = file.read_bytes()
+    spoilt = bytearray(good)
+    spoilt[-100] ^= 1
+    for data, says in ((bytes(spoilt), "checksum|damaged"), (good[:-200], "truncated|damaged|cut")):
+        file.write_bytes(data)
+        with pytest.raises(LissomError, match=says):
+            Engine(tmp_path / "out", threads=1)
+    tensors, metadata = load_file(tmp_path / "out" / file.name, good)
+    name = next(n for n in tensors if n.endswith(".index"))
+    tensors[name] = torch.full_like(tensors[name], 255)  # ranks of 4 of 16: up to 1819 of 2047
+    metadata.pop("sha256", None)
+    save_file(tensors, file, metadata)
+    with pytest.raises(LissomError, match=r"range|position"):
+        Engine(tmp_path / "out", threads=1)
+
+
+def load_file(path, data):
+    path.write_bytes(data)
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata())  # noqa: SIM118

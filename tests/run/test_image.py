@@ -1,5 +1,6 @@
 """Images: the same model from a mapped file, without torch; damage and old files are noticed."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "images"
 
 
-def test_a_mapped_model_is_the_same(tmp_path):
+def test_a_mapped_model_is_the_same(tmp_path, monkeypatch):
     tiny_model("qwen2", tmp_path, use_sliding_window=False, hidden_size=64)
     for name in ("int4", "4:16 int4", None):
         parts = load(tmp_path, rounding(name) if name else None)
@@ -50,8 +51,11 @@ def test_a_mapped_model_is_the_same(tmp_path):
         assert mapped.layers == parts.layers and mapped.sizes == parts.sizes and mapped.ends() == parts.ends()
         assert mapped.recorded == parts.recorded
         ids = np.arange(5, 40)
-        a, b = (Engine(p, context=64, threads=1).step(ids, want="all") for p in (parts, mapped))
-        assert np.array_equal(a, b)
+        monkeypatch.setenv("LISSOM_MAP", "1")
+        truly = read_image(tmp_path / "x.image")
+        monkeypatch.delenv("LISSOM_MAP")
+        a, b, c = (Engine(p, context=64, threads=1).step(ids, want="all") for p in (parts, mapped, truly))
+        assert np.array_equal(a, b) and np.array_equal(a, c)
 
 
 def test_spill_lists_and_binary_weights_are_mapped_too():
@@ -99,6 +103,19 @@ def test_damaged_images_are_refused_and_made_again(damage, llama, cache):
         read_image(image)
     assert generate(open_runner(str(llama), context=64), "class", max_tokens=5) == expected
     read_image(image)
+
+
+def test_a_full_disk_costs_the_image_only(llama, cache, monkeypatch):
+    expected = generate(open_runner(str(llama), context=64), "class", max_tokens=5)
+    for file in cache.iterdir():
+        file.unlink()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("lissom.run.image._fill", full)
+    assert generate(open_runner(str(llama), context=64), "class", max_tokens=5) == expected
+    assert not list(cache.iterdir())
 
 
 def test_the_slow_start_is_told(llama, cache):

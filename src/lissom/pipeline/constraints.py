@@ -95,9 +95,10 @@ def pruning_problems(step: Step, allocation: Step | None, before: Sequence[Step]
 
 def textless_problems(recipe: Recipe) -> Iterator[str]:
     """What cannot be done without calibration text."""
-    able = {"solver", "allocation", "permutation", "rotation"}
+    able = {"solver", "allocation", "permutation", "rotation", "operator"}
     for step in recipe.steps:
-        if step.method.kind not in able or not step.method.needs <= {"gram", "inputs", "entropy", "score"}:
+        static = step.method.kind == "operator" and getattr(step.config, "static", False)
+        if step.method.kind not in able or static or not step.method.needs <= {"gram", "inputs", "entropy", "score"}:
             yield (
                 f"calibration: {step.name} learns from text, and data is none; give text, or leave the step out "
                 "(statistics of inputs can be taken as white, losses and gradients cannot)"
@@ -106,3 +107,10 @@ def textless_problems(recipe: Recipe) -> Iterator[str]:
             yield f"{step.name}: spread auto is measured on held-out text, and data is none; give a number"
     if recipe.target:
         yield "target: sizes and losses are measured on text, and data is none"
+
+
+def target_problems(steps: Sequence[Step]) -> Iterator[str]:
+    """What a recipe with a target cannot have."""
+    for step in steps:
+        if step.constraint.shots > 1:
+            yield f"target: sparsity is chosen for one pass over the model; leave out {step.name}'s shots"

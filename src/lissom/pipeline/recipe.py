@@ -28,7 +28,8 @@ from ..core import Method, RecipeError
 from ..export import CODECS
 from ..export.integer import FORMAT as INTEGER
 from ..methods import METHODS
-from .constraints import ConstraintSettings, pruning_problems, textless_problems
+from .constraints import ConstraintSettings, pruning_problems, target_problems, textless_problems
+from .overrides import CONSTRAINT, apply, takes
 from .settings import build, suggest
 from .target import Target, problems_of
 
@@ -59,6 +60,12 @@ class Calibration:
     seed: int = 0
     allocation_samples: int | None = None
     statistics: Literal["stage", "block"] = "stage"
+
+
+SECTIONS = {
+    "save": Save,
+    "calibration": Calibration,
+}  # whose settings a bare key of ``--set`` reaches when no step has them
 
 
 @dataclass(frozen=True)
@@ -171,13 +178,14 @@ def read(source: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]], o
         raise RecipeError(problems)
     sections = {key: dict(data.get(key) or {}) for key in ("save", "calibration", "target")}
     for override in overrides:
-        _override(override, entries, sections, problems)
+        apply(override, entries, sections, SECTIONS, problems)
     steps = tuple(_step(entry, i, problems) for i, entry in enumerate(entries))
     steps = _compared_everywhere(steps)
     save = build(Save, sections["save"], "save", problems)
     calibration = build(Calibration, sections["calibration"], "calibration", problems)
     target = build(Target, sections["target"], "target", problems) if sections["target"] else None
     if target:
+        problems += target_problems(steps)
         problems += problems_of(target, steps, save.format, overrides)
         steps = _freed([step for step in steps if step.method.kind != "allocation"])
     recipe = Recipe(str(data.get("name") or name), steps, str(data.get("summary") or ""), save, calibration, target)
@@ -213,61 +221,14 @@ def _load(source: Any) -> tuple[str, Mapping[str, Any]]:
     return "recipe", {"steps": list(source)}
 
 
-_CONSTRAINT = {f.name for f in dataclasses.fields(ConstraintSettings)}
-
-
-def _takes(use: str) -> set[str]:
-    method = METHODS[use]
-    return set(method.settings()) | (_CONSTRAINT if method.kind == "solver" else set())
-
-
-def _override(
-    text: str, entries: list[dict[str, Any]], sections: dict[str, dict[str, Any]], problems: list[str]
-) -> None:
-    key, equals, raw = text.partition("=")
-    key = key.strip()
-    if not equals or not key:
-        problems.append(f"--set {text!r}: write key=value")
-        return
-    try:
-        value = yaml.safe_load(raw)
-    except yaml.YAMLError:
-        problems.append(f"--set {text!r}: the value is not valid YAML")
-        return
-    owner, dot, short = key.rpartition(".")
-    fields = {"save": Save, "calibration": Calibration}
-    if dot and owner in sections:
-        sections[owner][short] = value
-        return
-    if dot:
-        named = [e for e in entries if e["use"] == owner]
-        if not named:
-            problems.append(f"--set {text!r}: no step {owner!r}{suggest(owner, [e['use'] for e in entries])}")
-        for entry in named:
-            entry[short] = value
-        return
-    spelled = [e for e in entries if key in e and key != "use"]
-    able = spelled or [e for e in entries if key in _takes(e["use"])]
-    for entry in able:
-        entry[key] = value
-    for section, cls in fields.items():
-        if not able and key in {f.name for f in dataclasses.fields(cls)}:
-            sections[section][key] = value
-            return
-    if not able:
-        known = {k for e in entries for k in _takes(e["use"])}
-        known |= {f.name for cls in fields.values() for f in dataclasses.fields(cls)}
-        problems.append(f"--set {text!r}: no step of this recipe has a setting {key!r}{suggest(key, sorted(known))}")
-
-
 def _step(entry: dict[str, Any], index: int, problems: list[str]) -> Step:
     method = METHODS[entry.pop("use")]
     where = f"step {index + 1} ({method.name})"
     own = {k: v for k, v in entry.items() if k in method.settings()}
-    shared = {k: v for k, v in entry.items() if k in _CONSTRAINT and k not in own and method.kind == "solver"}
+    shared = {k: v for k, v in entry.items() if k in CONSTRAINT and k not in own and method.kind == "solver"}
     for key in entry:
         if key not in own and key not in shared:
-            problems.append(f"{where}: unknown setting {key!r}{suggest(key, sorted(_takes(method.name)))}")
+            problems.append(f"{where}: unknown setting {key!r}{suggest(key, sorted(takes(method.name)))}")
     config = build(method.config, own, where, problems)
     constraint = build(ConstraintSettings, shared, where, problems)
     if constraint.per is None:

@@ -111,7 +111,7 @@ def stream_block(
     ``hidden``: (batch, tokens, width) each; the list is emptied as it is used. ``watch``: only the first so many
     batches feed the statistics (the others are held-out text that just goes along). ``calibrate``: a sample of a stage's
     inputs and the largest magnitude of each calibration sample → the static scale, where the block's operators ask for one; from there on,
-    statistics and products see the rounded inputs. ``at_once``: all stages\' statistics are of the block as it was loaded,
+    statistics and products see the rounded inputs. ``at_once``: all stages' statistics are of the block as it was loaded,
     and taken before any is visited; costs a second forward.
     ``bins``: of the inputs' histograms, whose entropy the statistics then have.
     """

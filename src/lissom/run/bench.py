@@ -29,11 +29,11 @@ def some_tokens(count: int, vocabulary: int) -> list[int]:
 class Contender:
     """A child process that answers one JSON line with one JSON line."""
 
-    def __init__(self, name: str, command: Sequence[str]):
+    def __init__(self, name: str, command: Sequence[str], environment: dict[str, str] | None = None):
         self.name, self.runs = name, []
         self._process = subprocess.Popen(
             list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
         )  # fmt: skip
         self.info = self._read()
 
@@ -141,8 +141,9 @@ def _summary(contender: Contender, prompt: int, new: int) -> dict[str, Any]:
 
 
 def llama_contender(
-    model: str, threads: int, context: int, python: str | None, file: str | None, quantization: str
-) -> Contender:
+    model: str, threads: int, context: int, python: str | None, file: str | None, quantization: str,
+    environment: dict[str, str] | None = None,
+) -> Contender:  # fmt: skip
     from ..models import demo_file
 
     python = python or os.environ.get(_LLAMA_PYTHON) or sys.executable
@@ -160,7 +161,7 @@ def llama_contender(
     if not path.endswith(".gguf"):
         raise LissomError(f"llama.cpp reads GGUF files only: give one of the same model with --llama-model, not {path}")
     script = str(Path(__file__).with_name("llama_worker.py"))
-    return Contender("llama.cpp", [python, script, path, quantization, str(threads), str(context)])
+    return Contender("llama.cpp", [python, script, path, quantization, str(threads), str(context)], environment)
 
 
 def _work(model: str, threads: int, context: int, rounded: str, outer_bits: int, cache_bits: int) -> None:

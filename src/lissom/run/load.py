@@ -23,7 +23,7 @@ from ..kernels import Packed, PackedBinary, extension
 from ..models import Model
 from ..models.forward import inverse_frequencies
 from ..models.layout import Sizes
-from .parts import ROLES, BlockParts, Layers, Parts
+from .parts import ROLES, BlockParts, Layers, Parts, gather
 from .recorded import recorded
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -83,7 +83,10 @@ def load(
     why = unsupported(model)
     if why:
         raise CheckpointError(f"{model.checkpoint.source} cannot be run: {why}. Use transformers, or export it")
-    return _Loader(model, compress, outer_bits, tick or (lambda done, total: None)).parts()
+    parts = _Loader(model, compress, outer_bits, tick or (lambda done, total: None)).parts()
+    if extension is not None:
+        gather(parts)
+    return parts
 
 
 class _Loader:

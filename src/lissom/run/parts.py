@@ -6,6 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..kernels.native import extension
+
+ALIGN = 64
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -73,3 +76,30 @@ class Parts:
     layers: Layers = field(default_factory=Layers)
     model: Any = None
     recorded: Recorded = field(default_factory=Recorded)
+
+
+def gather(parts: Parts) -> None:
+    """Move the packed matrices of ``parts`` into one piece of memory in huge pages; the old ones are freed one by one."""
+    tied = parts.head is parts.embedding
+    outer = [parts.embedding] if tied else [parts.embedding, parts.head]
+    rooms = [_room(m) for m in outer] + [_room(m) for block in parts.blocks for m in block.weights.values()]
+    assert extension is not None
+    memory, at = extension.memory(sum(rooms)), 0
+
+    def moved(matrix: Any) -> Any:
+        nonlocal at
+        place = memory[at : at + matrix.data.size]
+        place[:] = matrix.data
+        at += _room(matrix)
+        return type(matrix).borrow(*matrix.parts, place)
+
+    del outer
+    parts.embedding = moved(parts.embedding)
+    parts.head = parts.embedding if tied else moved(parts.head)
+    for block in parts.blocks:
+        for role, matrix in block.weights.items():
+            block.weights[role] = moved(matrix)
+
+
+def _room(matrix: Any) -> int:
+    return -(-matrix.data.size // ALIGN) * ALIGN

@@ -8,12 +8,14 @@
 
 #include <atomic>
 #include <chrono>
+#include <cstring>
 #include <map>
 #include <mutex>
 #include <optional>
 #include <string>
 
 #include "linear.h"
+#include "memory.h"
 
 namespace nb = nanobind;
 using namespace lissom;
@@ -145,6 +147,12 @@ NB_MODULE(_C, m) {
                 linear_bcq(ops, shared_pool(threads), w, x.data(), (int)x.shape(0), y.data());
             },
             nb::arg("x"), nb::arg("y"), nb::arg("threads") = 1, nb::arg("isa") = "");
+    // Bytes in huge pages, zero until they are written.
+    m.def("memory", [](size_t size) {
+        auto *memory = new Memory(size);
+        nb::capsule owner(memory, [](void *p) noexcept { delete (Memory *)p; });
+        return nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>(memory->get(), {size}, owner);
+    });
     // Bytes per second of `threads` threads that read `bytes` of memory, the best of `repeats`: what weights cannot beat.
     m.def(
         "read_bandwidth",
@@ -152,14 +160,15 @@ NB_MODULE(_C, m) {
             nb::gil_scoped_release release;
             std::lock_guard<std::mutex> guard(pool_lock);
             Pool &pool = shared_pool(threads);
-            std::vector<uint64_t> data(bytes / 8, 1);
+            const Memory memory(bytes);
+            std::memset(memory.get(), 1, bytes);
             std::atomic<uint64_t> keep{0};
             double best = 0;
             for (int i = 0; i < repeats; i++) {
                 const auto start = std::chrono::steady_clock::now();
                 pool.run([&](int thread) {
-                    const size_t part = data.size() / pool.threads() / 32 * 32;
-                    const uint64_t *p = data.data() + part * thread;
+                    const size_t part = bytes / 8 / pool.threads() / 32 * 32;
+                    const uint64_t *p = (const uint64_t *)memory.get() + part * thread;
                     uint64_t sum[32] = {};
                     for (size_t at = 0; at < part; at += 32) {
                         __builtin_prefetch(p + at + 512), __builtin_prefetch(p + at + 520);

@@ -6,13 +6,11 @@
 // -8 ... 7, the element of largest size at -8, as in llama.cpp's Q4_0). Two int4 codes of one byte always belong to the same
 // position, so that threads that write different positions never share a byte.
 #pragma once
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <vector>
 
+#include "memory.h"
 #include "packed.h"
 
 namespace lissom {
@@ -31,8 +29,7 @@ class Cache {
         unit_ = key_bytes_ + value_bytes_ + scale_bytes_;
         // unwritten positions must be finite; zero pages of the system take neither time nor memory before they are used
         bytes_ = unit_ * heads_ * blocks * layers + 64;
-        data_.reset((uint8_t *)std::calloc(bytes_, 1));
-        if (!data_) throw std::bad_alloc();
+        data_ = Memory(bytes_);
         table_.assign(slots, {}), first_.assign(slots, 0);
         for (int b = blocks - 1; b >= 0; b--) free_.push_back(b);
     }
@@ -125,11 +122,8 @@ class Cache {
 
     int heads_ = 0, dim_ = 0, wide_ = 0, groups_ = 0, blocks_ = 0, bits_ = 16;
     size_t key_bytes_ = 0, value_bytes_ = 0, scale_bytes_ = 0, unit_ = 0;
-    struct Free {
-        void operator()(uint8_t *p) const { std::free(p); }
-    };
     size_t bytes_ = 0;
-    std::unique_ptr<uint8_t, Free> data_;
+    Memory data_;
     std::vector<std::vector<int>> table_;
     std::vector<int> first_; // of each slot: blocks before it were given back
     std::vector<int> free_;

@@ -66,9 +66,8 @@ template <class Sink>
 void Engine::multiply(Ticket &ticket, const Layer *layers, int count, const Input &in, int tokens, int thread, Sink sink) {
     int total = 0;
     for (int i = 0; i < count; i++) total += layers[i].strips();
-    const int step = std::max(1, total / (pool_.threads() * 6));
     float *out = strip_[thread].data();
-    for (int from, to; ticket.take(total, step, from, to);)
+    for (int from, to; ticket.guided(total, pool_.threads(), from, to);)
         for (int s = from; s < to; s++) {
             int i = 0, strip = s;
             while (strip >= layers[i].strips()) strip -= layers[i++].strips();

@@ -160,11 +160,17 @@ template <int R, class B> void block_rows(int k, const float *a, int64_t lda, co
         for (int j = 0; j < V; j++) store(c + r * ldc + LANES * j, acc[r][j]);
 }
 
+// The rows that are left, R at most, in one pass over b.
+template <int R, class B> void rest(int r, int k, const float *a, int64_t lda, const B *b, int64_t ldb, float *c, int64_t ldc, bool add) {
+    if constexpr (R > 0) {
+        if (r == R) return block_rows<R>(k, a, lda, b, ldb, c, ldc, add);
+        rest<R - 1>(r, k, a, lda, b, ldb, c, ldc, add);
+    }
+}
+
 template <class B> void block(int r, int k, const float *a, int64_t lda, const B *b, int64_t ldb, float *c, int64_t ldc, bool add) {
-    for (; r >= MOST; r -= MOST, a += MOST * lda, c += MOST * ldc) block_rows<MOST>(k, a, lda, b, ldb, c, ldc, add);
-    if (MOST > 4 && r >= 4) block_rows<4>(k, a, lda, b, ldb, c, ldc, add), r -= 4, a += 4 * lda, c += 4 * ldc;
-    if (MOST > 2 && r >= 2) block_rows<2>(k, a, lda, b, ldb, c, ldc, add), r -= 2, a += 2 * lda, c += 2 * ldc;
-    if (MOST > 1 && r) block_rows<1>(k, a, lda, b, ldb, c, ldc, add);
+    for (; r > MOST; r -= MOST, a += MOST * lda, c += MOST * ldc) block_rows<MOST>(k, a, lda, b, ldb, c, ldc, add);
+    rest<MOST>(r, k, a, lda, b, ldb, c, ldc, add);
 }
 
 } // namespace

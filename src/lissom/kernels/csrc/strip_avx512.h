@@ -53,6 +53,8 @@ template <> inline __m512i codes<D6>(const uint8_t *b, int step) {
 template <int K, int T> void dense(const View &v, const uint8_t *tile, const Acts &x, int t0, float *out) {
     const int block = payload_bytes((Kind)K, 32, 0), header = 32 + (v.zeros ? 16 : 0);
     const int8_t *q = x.q + (int64_t)t0 * x.stride;
+    __m512 total[T]; // in registers: through memory each tile would wait for the one before
+    for (int i = 0; i < T; i++) total[i] = _mm512_setzero_ps();
     for (int t = 0; t < v.tiles; t++, tile += v.tile_bytes) {
         __m512i sum[T];
         for (int i = 0; i < T; i++) sum[i] = _mm512_setzero_si512();
@@ -70,10 +72,10 @@ template <int K, int T> void dense(const View &v, const uint8_t *tile, const Act
         for (int i = 0; i < T; i++) {
             const int64_t at = (int64_t)(t0 + i) * x.tiles + t;
             const __m512 y = _mm512_fnmadd_ps(zero, _mm512_set1_ps(x.sum[at]), _mm512_cvtepi32_ps(sum[i]));
-            float *o = out + i * ROWS;
-            _mm512_storeu_ps(o, _mm512_fmadd_ps(y, _mm512_mul_ps(scale, _mm512_set1_ps(x.scale[at])), _mm512_loadu_ps(o)));
+            total[i] = _mm512_fmadd_ps(y, _mm512_mul_ps(scale, _mm512_set1_ps(x.scale[at])), total[i]);
         }
     }
+    for (int i = 0; i < T; i++) _mm512_storeu_ps(out + i * ROWS, total[i]);
 }
 
 struct Bytes {
@@ -118,6 +120,8 @@ template <int K, int PAIRS, bool SYMMETRIC, int T> void gathered(const View &v, 
     const int step = run / 16 * (K == N24 ? 96 : 32 * PAIRS);
     const int8_t *q = x.q + (int64_t)t0 * x.stride;
     const __m512i mix = load(PAIRED.at), middle = bytes(128);
+    __m512 total[T];
+    for (int i = 0; i < T; i++) total[i] = _mm512_setzero_ps();
     for (int t = 0; t < v.tiles; t++) {
         const __m512i zero = _mm512_mullo_epi32(zeros(v, tile), _mm512_set1_epi32(0x01010101)); // zero of row r in bytes 4r ... 4r + 3
         __m512i sum[T], shift = _mm512_setzero_si512();
@@ -164,11 +168,11 @@ template <int K, int PAIRS, bool SYMMETRIC, int T> void gathered(const View &v, 
         const __m512 scale = scales(tile);
         for (int i = 0; i < T; i++) {
             const __m512 sx = _mm512_set1_ps(x.scale[(int64_t)(t0 + i) * x.tiles + t]);
-            float *o = out + i * ROWS;
-            _mm512_storeu_ps(o, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[i]), _mm512_mul_ps(scale, sx), _mm512_loadu_ps(o)));
+            total[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[i]), _mm512_mul_ps(scale, sx), total[i]);
         }
         tile = end;
     }
+    for (int i = 0; i < T; i++) _mm512_storeu_ps(out + i * ROWS, total[i]);
 }
 
 template <int T> void gathered8(const View &v, const uint8_t *tile, const Acts &x, int t0, float *out) {
@@ -176,6 +180,8 @@ template <int T> void gathered8(const View &v, const uint8_t *tile, const Acts &
     const int8_t *q = x.q + (int64_t)t0 * x.stride;
     const bool shifted = v.zeros || v.zero != 128; // then the sum of gathered activations is needed too
     const __m512i middle = bytes(128), one = bytes(1);
+    __m512 total[T];
+    for (int i = 0; i < T; i++) total[i] = _mm512_setzero_ps();
     for (int t = 0; t < v.tiles; t++, tile += v.tile_bytes) {
         __m512i sum[T], plain[T], shift = _mm512_setzero_si512();
         for (int i = 0; i < T; i++) sum[i] = shift, plain[i] = _mm512_set1_epi32(-128 * v.G / 16 * v.N);
@@ -203,10 +209,10 @@ template <int T> void gathered8(const View &v, const uint8_t *tile, const Acts &
         for (int i = 0; i < T; i++) {
             const __m512 sx = _mm512_set1_ps(x.scale[(int64_t)(t0 + i) * x.tiles + t]);
             const __m512 y = _mm512_fnmadd_ps(zero, _mm512_cvtepi32_ps(plain[i]), _mm512_cvtepi32_ps(_mm512_sub_epi32(sum[i], shift)));
-            float *o = out + i * ROWS;
-            _mm512_storeu_ps(o, _mm512_fmadd_ps(y, _mm512_mul_ps(scale, sx), _mm512_loadu_ps(o)));
+            total[i] = _mm512_fmadd_ps(y, _mm512_mul_ps(scale, sx), total[i]);
         }
     }
+    for (int i = 0; i < T; i++) _mm512_storeu_ps(out + i * ROWS, total[i]);
 }
 
 using Tokens = void (*)(const View &, const uint8_t *, const Acts &, int, float *);
@@ -242,7 +248,6 @@ template <int T> Tokens kernel(const View &v) {
 
 void strip(const View &v, int s, const Acts &x, int t0, int n, float *out) {
     const uint8_t *p = v.data + v.offset[s];
-    for (int i = 0; i < n * ROWS; i++) out[i] = 0;
     int t = 0;
     if (n >= 8)
         for (const Tokens f = kernel<8>(v); t + 8 <= n; t += 8) f(v, p, x, t0 + t, out + t * ROWS);
