@@ -80,41 +80,71 @@ def _transformers(folder: Path, model: Model, ids: Tensor, hidden: Tensor) -> st
         return f"not tried: needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
     from transformers import AutoModelForCausalLM
 
-    half = _unpacked_in_half(folder)
-    kind = torch.bfloat16 if half else torch.float32
+    ours = model.head(hidden)  # before the other model is there: the head is a large part of a small one
+    quantization = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    half = _unpacked_in_half(quantization or {})
+    kind = torch.bfloat16 if half else torch.float32 if quantization else "auto"
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=kind).eval()
+    if not quantization:
+        theirs = _widened(theirs)
     beside, allowed = (", in bfloat16", _HALF_TOLERANCE) if half else ("", _TOLERANCE)
     if model.operators and getattr(theirs, "hf_quantizer", None) is None:
-        model, hidden = _without(model, Operators(), ids)
+        ours = _without(model, Operators(), ids)
         beside = ", both without the run-time operators, which it does not know"
     elif model.operators:
         allowed, beside = _ROUNDED_TOLERANCE, ", both with rounded activations or cache"
         if model.operators.cache and not cache_is_rounded(theirs):
-            model, hidden = _without(model, replace(model.operators, cache=None), ids)
+            ours = _without(model, replace(model.operators, cache=None), ids)
             beside = (
                 ", both without the rounded cache: this transformers and compressed-tensors do not round it together"
             )
-    gap = _gap(theirs(ids).logits, model.head(hidden))
+    gap = _gap(theirs(ids).logits, ours)
     if gap > allowed:
         raise FormatError(f"{folder}: transformers' logits differ from ours by {gap:.2e} of their size")
     return f"AutoModelForCausalLM.from_pretrained gives the same logits to {gap:.1e}{beside}"
 
 
-def _unpacked_in_half(folder: Path) -> bool:
+def _widened(model: torch.nn.Module) -> torch.nn.Module:
+    """Computes in fp32 and stays as stored: a block's weights are widened while it runs, so that the check of a
+    checkpoint of 16 bits takes half the memory that loading it in fp32 would."""
+    lists = {name: part for name, part in model.named_modules() if isinstance(part, torch.nn.ModuleList)}
+    outer = [part for name, part in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+    blocks = [block for part in outer for block in part]
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in inside:
+            parameter.data = parameter.data.float()
+    stored: dict[torch.nn.Parameter, Tensor] = {}
+
+    def widen(block: torch.nn.Module, _: Any) -> None:
+        for parameter in block.parameters():
+            stored[parameter] = parameter.data
+            parameter.data = parameter.data.float()
+
+    def narrow(block: torch.nn.Module, *_: Any) -> None:
+        for parameter in block.parameters():
+            parameter.data = stored.pop(parameter)
+
+    for block in blocks:
+        block.register_forward_pre_hook(widen)
+        block.register_forward_hook(narrow)
+    return model
+
+
+def _unpacked_in_half(quantization: Mapping[str, Any]) -> bool:
     """Whether compressed-tensors gives the weights back in bfloat16 whatever the model's dtype: it does for FP4."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config", {})
-    return any("fp4" in str(group.get("format")) for group in config.get("config_groups", {}).values())
+    return any("fp4" in str(group.get("format")) for group in quantization.get("config_groups", {}).values())
 
 
 def _gap(a: Tensor, b: Tensor) -> float:
     return float((a.float() - b.float()).abs().max() / b.float().abs().max().clamp_min(1e-12))
 
 
-def _without(model: Model, operators: Operators, ids: Tensor) -> tuple[Model, Tensor]:
-    """The model with only ``operators``, and its hidden states."""
+def _without(model: Model, operators: Operators, ids: Tensor) -> Tensor:
+    """Logits of the model with only ``operators``."""
     bare = copy.copy(model)
     bare.operators = operators
-    return bare, forward(bare, ids).hidden[0]
+    return bare.head(forward(bare, ids).hidden[0])
 
 
 def cache_is_rounded(theirs: Any) -> bool:
