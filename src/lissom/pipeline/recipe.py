@@ -380,7 +380,8 @@ def _check(recipe: Recipe) -> list[str]:
         out.append(f"step 1 ({whole[0]}): it makes the whole encoder; take out the other steps")
     if bool(whole) != (s.format == INTEGER):
         out.append(
-            f"save: format {INTEGER} belongs to ibert, and ibert to it; this is {s.format} with {recipe.steps[0].name}"
+            f"save: format {INTEGER} belongs to ibert, and ibert to it; this is {s.format} with "
+            + ", ".join(t.name for t in recipe.steps)
         )
     if s.format not in FORMATS:
         out.append(f"save: unknown format {s.format!r}{suggest(s.format, FORMATS)}")

@@ -22,22 +22,22 @@ def meet(
     found by bisection, and the last rounding error is put on a free layer. Raises when the bounds exclude the target.
     """
     v, n = np.asarray(values, float), np.asarray(sizes, float)
-    low = np.asarray(low, float)
-    least = float((low * n).sum() / n.sum()) if low.ndim else float(low)
+    floor = np.broadcast_to(np.asarray(low, float), v.shape)
+    least = float((floor * n).sum() / n.sum()) if np.ndim(low) else float(floor[0])
     if not least <= target <= high:
         raise RecipeError(f"no budgets within [{least:g}, {high:g}] have the mean {target:g}")
-    if np.ptp(v) == 0 and bool((low <= target).all()):
+    if np.ptp(v) == 0 and bool((floor <= target).all()):
         return [target] * len(v)
 
     def mean(shift: float) -> float:
-        return float((np.clip(v + shift, low, high) * n).sum() / n.sum())
+        return float((np.clip(v + shift, floor, high) * n).sum() / n.sum())
 
-    a, b = float(low.min()) - v.max() - 1, high - v.min() + 1
+    a, b = float(floor.min()) - v.max() - 1, high - v.min() + 1
     for _ in range(200):
         mid = (a + b) / 2
         a, b = (mid, b) if mean(mid) < target else (a, mid)
-    out = np.clip(v + (a + b) / 2, low, high)
-    free = np.flatnonzero((out > low) & (out < high))
+    out = np.clip(v + (a + b) / 2, floor, high)
+    free = np.flatnonzero((out > floor) & (out < high))
     if len(free):
         largest = free[np.argmax(n[free])]
         out[largest] += (target * n.sum() - (out * n).sum()) / n[largest]

@@ -67,7 +67,7 @@ class Space:
         parts = np.concatenate(
             [by_block, by_role, np.array(quarter, float), *([own] if len(own) == len(self.genes) else [])]
         )
-        used = parts.any(1)
+        used = parts.max(1) > 0
         weights = parts[used] * self.sizes
         self.parts = weights / weights.sum(1, keepdims=True)
         names = [f"block {b}" for b in blocks] + roles + [f"quarter {q}" for q in range(1, 5)]
@@ -116,7 +116,7 @@ def held_out_tau(features: np.ndarray, losses: np.ndarray, seed: int) -> float:
     for fold in range(min(_FOLDS, len(losses))):
         out = folds == fold
         predicted[out] = _trees(seed).fit(features[~out], losses[~out]).predict(features[out])
-    tau = float(kendalltau(predicted, losses).statistic)
+    tau = float(np.asarray(kendalltau(predicted, losses)[0], float))
     return tau if np.isfinite(tau) else 0.0
 
 
