@@ -1,10 +1,14 @@
 """GGUF: blocks against the gguf library's own dequantization, files read back by transformers and lissom."""
 
+import json
+
 import pytest
 import torch
 from solving import solve
+from typer.testing import CliRunner
 
 import lissom
+from lissom.cli.main import app
 from lissom.core import FormatError, Grid, OutputError, Problem, RecipeError, Stats
 from lissom.export import ArtefactWriter, Layout, Packed, export_gguf, load, open_model
 from lissom.export.ggml_blocks import encode_blocks, exact_types, q4_1_error
@@ -165,6 +169,11 @@ def test_nothing_is_quantized_again_without_saying_so(packed, dense, tmp_path):
     assert any("weights move by up to" in n for n in near["notes"])
     half = export_gguf(packed, tmp_path / "e.gguf", "F16")
     assert set(half["types"]) == {"F16", "F32"} and "rounded to float16" in half["notes"][0]
+
+
+def test_the_command_takes_block_types_in_small_letters(packed, tmp_path):
+    done = CliRunner().invoke(app, ["export", str(packed), str(tmp_path / "m.gguf"), "--type", "f16", "--json"])
+    assert done.exit_code == 0 and set(json.loads(done.stdout)["report"]["types"]) == {"F16", "F32"}
 
 
 def test_bad_requests(dense, tiny, tmp_path):

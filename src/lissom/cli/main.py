@@ -255,7 +255,9 @@ def export(
         str,
         typer.Option("--format", help="gguf, onnx, gptq, gptq-v2, compressed-tensors, int-quantized, packed or dense."),
     ] = "gguf",
-    type: Annotated[str, typer.Option("--type", help="GGUF block type: auto, f16, q4_0, q4_1, q5_0 or q8_0.")] = "auto",
+    type: Annotated[
+        str, typer.Option("--type", help="GGUF block type: auto, f16, q4_0, q4_1, q5_0, q8_0 or mxfp4.")
+    ] = "auto",
     requantize: Annotated[
         bool, typer.Option("--requantize", help="Allow rounding again where the block type cannot hold the codes.")
     ] = False,
@@ -277,7 +279,7 @@ def export(
         raise OutputError(f"{out} exists; choose another name or remove it")
     made: dict[str, Any]
     if format == "gguf":
-        made = export_gguf(model, out, type, requantize, note)
+        made = export_gguf(model, out, type if type == "auto" else type.upper(), requantize, note)
     elif format == "onnx":
         made = export_onnx(model, out, note)
     elif format == "dense":
