@@ -38,7 +38,13 @@ void Attention::plan(const int *slots, const int *positions, int n, const Cache 
 void Attention::run(const Ops *ops, Cache &cache, int layer, int task, const float *q, int64_t stride) {
     const AttentionTask &w = tasks_[task];
     const int rows = w.tokens * share_, slot = slots_[w.token];
-    std::vector<float> a((size_t)rows * dim_), s((size_t)rows * POSITIONS); // rows <= max(24, heads per kv head)
+    const bool small = cache.bits() == 8, four = cache.bits() == 4;
+    static thread_local std::vector<float> scratch; // a decode step comes here layers x heads times
+    static thread_local std::vector<int8_t> codes;
+    scratch.resize((size_t)rows * (dim_ + 2 * POSITIONS)); // rows <= max(24, heads per kv head)
+    codes.resize(four ? (size_t)wide_ * POSITIONS : 0);
+    float *a = scratch.data(), *s = a + (size_t)rows * dim_, *part = s + (size_t)rows * POSITIONS;
+    int8_t *wide_codes = codes.data();
     for (int i = 0; i < w.tokens; i++)
         for (int g = 0; g < share_; g++) {
             const float *from = q + (w.token + i) * stride + (w.head * share_ + g) * dim_;
@@ -46,30 +52,27 @@ void Attention::run(const Ops *ops, Cache &cache, int layer, int task, const flo
         }
     float *out = part_.data() + (size_t)w.row * wide_, *top = top_.data() + w.row, *mass = mass_.data() + w.row;
     std::fill(out, out + (size_t)rows * wide_, 0.0f), std::fill(top, top + rows, NEVER), std::fill(mass, mass + rows, 0.0f);
-    const bool small = cache.bits() == 8, four = cache.bits() == 4;
-    std::vector<int8_t> wide_codes(four ? (size_t)wide_ * POSITIONS : 0);
-    std::vector<float> part(four ? (size_t)rows * POSITIONS : 0);
     for (int b = w.from; b < w.to; b++) {
         const uint8_t *k = cache.keys(layer, slot, b, w.head), *v = cache.values(layer, slot, b, w.head);
         if (b + 1 < w.to) cache.prefetch(layer, slot, b + 1, w.head);
         const float *scale = small ? cache.scales(layer, slot, b, w.head) : nullptr;
         const uint16_t *halves = four ? cache.halves(layer, slot, b, w.head) : nullptr;
         if (four) {
-            ops->nibbles(k, wide_ / 2 * POSITIONS, POSITIONS, wide_codes.data());
-            std::fill(s.begin(), s.end(), 0.0f);
+            ops->nibbles(k, wide_ / 2 * POSITIONS, POSITIONS, wide_codes);
+            std::fill(s, s + (size_t)rows * POSITIONS, 0.0f);
             for (int g = 0; g < cache.groups(); g++) {
                 const int n = std::min(32, dim_ - 32 * g);
-                ops->block8(rows, n, a.data() + 32 * g, dim_, wide_codes.data() + 32 * g * POSITIONS, POSITIONS, part.data(), POSITIONS, false);
+                ops->block8(rows, n, a + 32 * g, dim_, wide_codes + 32 * g * POSITIONS, POSITIONS, part, POSITIONS, false);
                 for (int j = 0; j < POSITIONS; j++) {
                     const float factor = half_to_float(halves[g * POSITIONS + j]);
                     for (int r = 0; r < rows; r++) s[(size_t)r * POSITIONS + j] += factor * part[(size_t)r * POSITIONS + j];
                 }
             }
-            ops->nibbles(v, wide_ / 2 * POSITIONS, 16, wide_codes.data());
+            ops->nibbles(v, wide_ / 2 * POSITIONS, 16, wide_codes);
         } else if (small)
-            ops->block8(rows, dim_, a.data(), dim_, (const int8_t *)k, POSITIONS, s.data(), POSITIONS, false);
+            ops->block8(rows, dim_, a, dim_, (const int8_t *)k, POSITIONS, s, POSITIONS, false);
         else
-            ops->block16(rows, dim_, a.data(), dim_, (const uint16_t *)k, POSITIONS, s.data(), POSITIONS, false);
+            ops->block16(rows, dim_, a, dim_, (const uint16_t *)k, POSITIONS, s, POSITIONS, false);
         for (int r = 0; r < rows; r++) {
             float *p = &s[(size_t)r * POSITIONS];
             const int here = positions_[w.token + r / share_] - b * POSITIONS; // last position that this row may see
@@ -96,11 +99,11 @@ void Attention::run(const Ops *ops, Cache &cache, int layer, int task, const flo
                     const float factor = half_to_float(of[j]);
                     for (int r = 0; r < rows; r++) part[(size_t)r * POSITIONS + j] = factor * s[(size_t)r * POSITIONS + j];
                 }
-                ops->block8(rows, POSITIONS, part.data(), POSITIONS, wide_codes.data() + d, wide_, out + d, wide_, true);
+                ops->block8(rows, POSITIONS, part, POSITIONS, wide_codes + d, wide_, out + d, wide_, true);
             } else if (small)
-                ops->block8(rows, POSITIONS, s.data(), POSITIONS, (const int8_t *)v + d, wide_, out + d, wide_, true);
+                ops->block8(rows, POSITIONS, s, POSITIONS, (const int8_t *)v + d, wide_, out + d, wide_, true);
             else
-                ops->block16(rows, POSITIONS, s.data(), POSITIONS, (const uint16_t *)v + d, wide_, out + d, wide_, true);
+                ops->block16(rows, POSITIONS, s, POSITIONS, (const uint16_t *)v + d, wide_, out + d, wide_, true);
         }
     }
 }

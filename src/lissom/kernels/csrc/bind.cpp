@@ -170,11 +170,8 @@ NB_MODULE(_C, m) {
                     const size_t part = bytes / 8 / pool.threads() / 32 * 32;
                     const uint64_t *p = (const uint64_t *)memory.get() + part * thread;
                     uint64_t sum[32] = {};
-                    for (size_t at = 0; at < part; at += 32) {
-                        __builtin_prefetch(p + at + 512), __builtin_prefetch(p + at + 520);
-                        __builtin_prefetch(p + at + 528), __builtin_prefetch(p + at + 536);
+                    for (size_t at = 0; at < part; at += 32)
                         for (int j = 0; j < 32; j++) sum[j] += p[at + j];
-                    }
                     for (int j = 0; j < 32; j++) keep += sum[j];
                 });
                 const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;

@@ -86,6 +86,23 @@ void Engine::rotate(float *x, int token, const std::vector<float> &gain) {
     }
 }
 
+// inner = silu(gate) * up. A run of strips of one matrix is read before the same run of the other: memory gives most when it is
+// read in order, and then the two halves meet in the cache.
+void Engine::gate_up(Ticket &ticket, const Block &w, int thread) {
+    const int together = together_, strips = w.gate.strips(), size = n_ * ROWS;
+    float *gate = strip_[thread].data(), *up = strip2_[thread].data();
+    for (int from, to; ticket.guided(strips, pool_.threads(), from, to);)
+        for (int start = from; start < to; start += together) {
+            const int count = std::min(together, to - start);
+            for (int i = 0; i < count; i++) in_.strip(ops_, w.gate, start + i, n_, gate + i * size);
+            for (int i = 0; i < count; i++) in_.strip(ops_, w.up, start + i, n_, up + i * size);
+            ops_->silu_mul(gate, up, count * size);
+            for (int i = 0; i < count; i++)
+                for (int r = (start + i) * ROWS, t = 0; t < n_; t++)
+                    std::memcpy(&inner_[(size_t)t * spec_.inner + r], gate + i * size + t * ROWS, std::min(ROWS, spec_.inner - r) * sizeof(float));
+        }
+}
+
 // Rotates the queries that share key/value head `head`, rotates its key and stores key and value.
 void Engine::heads_of(int layer, int token, int head) {
     const Spec &m = spec_;
@@ -95,6 +112,7 @@ void Engine::heads_of(int layer, int token, int head) {
     const int share = m.heads / m.kv_heads;
     for (int g = 0; g < share; g++) rotate(q + (size_t)(head * share + g) * m.head_dim, token, w.q_norm);
     rotate(k, token, w.k_norm);
+    cache.prefetch(layer, slots_[token], cache.first(slots_[token]), head); // attention comes next
     cache.put(layer, slots_[token], positions_[token], head, k, v);
 }
 
@@ -150,12 +168,7 @@ void Engine::run(int thread, float *logits) {
             in_.set(ops_, t, tmp, m.width, w.grid[2]);
         }
         pool_.barrier();
-        float *up = strip2_[thread].data();
-        multiply(ticket[3], &w.gate, 1, in_, n_, thread, [&](int, int r, int rows, float *gate) {
-            in_.strip(ops_, w.up, r / ROWS, n_, up);
-            ops_->silu_mul(gate, up, n_ * ROWS);
-            for (int t = 0; t < n_; t++) std::memcpy(&inner_[(size_t)t * m.inner + r], gate + t * ROWS, rows * sizeof(float));
-        });
+        gate_up(ticket[3], w, thread);
         pool_.barrier();
         for (int t = thread; t < n_; t += threads) down_in_.set(ops_, t, &inner_[(size_t)t * m.inner], m.inner, w.grid[3]);
         pool_.barrier();
@@ -202,8 +215,9 @@ void Engine::step(const int *tokens, const int *slots, const int *positions, con
     grow(x_, (size_t)n * m.width), grow(inner_, (size_t)n * m.inner);
     grow(qkv_, (size_t)n * (m.heads + 2 * m.kv_heads) * m.head_dim);
     grow(cosine_, (size_t)n * m.rotary / 2), grow(sine_, (size_t)n * m.rotary / 2);
+    together_ = std::max(1, 32 / n);
     for (int i = 0; i < pool_.threads(); i++)
-        grow(strip_[i], (size_t)n * ROWS), grow(strip2_[i], (size_t)n * ROWS), grow(scratch_[i], (size_t)std::max(m.width, m.heads * m.head_dim));
+        grow(strip_[i], (size_t)together_ * n * ROWS), grow(strip2_[i], (size_t)together_ * n * ROWS), grow(scratch_[i], (size_t)std::max(m.width, m.heads * m.head_dim));
     // one table for all layers: every tile width that occurs gets its own copy of the activations
     std::vector<Layer> in, o, down;
     for (const Block &b : blocks) {

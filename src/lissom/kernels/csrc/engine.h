@@ -66,6 +66,7 @@ class Engine {
         void strip(const Ops *ops, const Layer &layer, int s, int tokens, float *out) const;
     };
     template <class Sink> void multiply(Ticket &ticket, const Layer *layers, int count, const Input &in, int tokens, int thread, Sink sink);
+    void gate_up(Ticket &ticket, const Block &w, int thread);
     void rotate(float *x, int token, const std::vector<float> &gain);
     void heads_of(int layer, int token, int head);
     void attend(int layer, int thread);
@@ -78,7 +79,7 @@ class Engine {
     Attention attention_;
     std::unique_ptr<Ticket[]> tickets_;
     const int *tokens_ = nullptr, *slots_ = nullptr, *positions_ = nullptr;
-    int n_ = 0;
+    int n_ = 0, together_ = 1; // tokens of this step; strips of the gate that are read before those of the other half
     std::vector<int> wanted_;
     std::vector<float> x_, qkv_, inner_, cosine_, sine_;
     std::vector<std::vector<float>> scratch_, strip_, strip2_; // of each thread

@@ -273,7 +273,7 @@ std::unique_ptr<Matrix> round(int bits, int rows, int columns, const float *weig
     return m;
 }
 
-const uint8_t *decode_tile(const View &v, const uint8_t *tile, int16_t *w, float *scale) {
+const uint8_t *decode_tile(const View &v, const uint8_t *tile, int16_t *w, float *scale, int from, int to) {
     const int G = v.G;
     int16_t zero[ROWS];
     for (int r = 0; r < ROWS; r++) {
@@ -283,8 +283,8 @@ const uint8_t *decode_tile(const View &v, const uint8_t *tile, int16_t *w, float
         zero[r] = (int16_t)(v.zeros ? tile[32 + r] : v.zero);
     }
     const uint8_t *p = tile + 32 + (v.zeros ? 16 : 0);
-    std::memset(w, 0, sizeof(int16_t) * ROWS * G);
-    for (int r = 0; r < ROWS; r++) {
+    std::memset(w + (size_t)from * G, 0, sizeof(int16_t) * (to - from) * G);
+    for (int r = from; r < to; r++) {
         int16_t *row = w + (size_t)r * G;
         const int half = r / 8 * 32, byte4 = 4 * (r % 8);
         switch (v.kind) {
@@ -347,7 +347,7 @@ const uint8_t *decode_tile(const View &v, const uint8_t *tile, int16_t *w, float
     for (int i = 0; i < count; i++, end += 2) {
         std::memcpy(&e, end, 2);
         const int r = e & 15;
-        w[(size_t)r * G + (e >> 4 & 127)] += (int16_t)((e >> 11) - zero[r]);
+        if (r >= from && r < to) w[(size_t)r * G + (e >> 4 & 127)] += (int16_t)((e >> 11) - zero[r]);
     }
     return end;
 }
@@ -358,7 +358,7 @@ void decode_row(const View &v, int row, float *out) {
     const uint8_t *tile = v.data + v.offset[row / ROWS];
     const int r = row % ROWS;
     for (int t = 0; t < v.tiles; t++) {
-        tile = decode_tile(v, tile, w, scale);
+        tile = decode_tile(v, tile, w, scale, r, r + 1);
         for (int c = 0; c < v.G && t * v.G + c < v.columns; c++) out[t * v.G + c] = (float)w[r * v.G + c] * scale[r];
     }
 }

@@ -38,9 +38,9 @@ std::unique_ptr<Matrix> round(int bits, int rows, int columns, const float *weig
 std::unique_ptr<Matrix> borrow(Kind kind, int rows, int columns, int G, int N, int zeros, int zero, bool spill,
                                const uint8_t *data, size_t size);
 
-// w (16, G): code - zero of tile `t` of strip `s`, positions that are not stored are 0; scale (16)
-// returns the first byte after the tile
-const uint8_t *decode_tile(const View &v, const uint8_t *tile, int16_t *w, float *scale);
+// w (16, G): code - zero of tile `t` of strip `s`, positions that are not stored are 0; scale (16).
+// Of the weights only rows from ... to - 1. Returns the first byte after the tile.
+const uint8_t *decode_tile(const View &v, const uint8_t *tile, int16_t *w, float *scale, int from = 0, int to = ROWS);
 
 // fp32 weights of one row
 void decode_row(const View &v, int row, float *out);

@@ -18,12 +18,6 @@ inline __m256i four(const int8_t *q) { // four activations to every 32-bit lane
     return _mm256_set1_epi32(v);
 }
 
-// Asks for the bytes of the next page: the processor's own prefetching stops at the end of a page. Worth a tenth to a fifth for
-// single tokens, which read every weight from memory once.
-inline void ahead(const uint8_t *p, int bytes) {
-    for (int i = 0; i < bytes; i += 64) _mm_prefetch((const char *)p + 4096 + i, _MM_HINT_T0);
-}
-
 struct Head { // scales and zero points of a tile, rows 0-7 and 8-15
     __m256 scale[2], zero[2];
     __m256i bytes; // zero of row r in bytes 2r, 2r+1
@@ -116,7 +110,6 @@ template <int K, int T> void dense(const View &v, const uint8_t *tile, const Act
         for (int i = 0; i < T; i++) sum[i][0] = sum[i][1] = _mm256_setzero_si256();
         const uint8_t *p = tile + header;
         for (int c = 0; c < v.G; c += 32, p += block, q += 32) {
-            if (T == 1) ahead(p, block);
             Eight<K, T, 0>::run(p, q, x.stride, sum);
         }
         const Head h = head(v, tile);
@@ -141,7 +134,6 @@ template <int T> void dense8(const View &v, const uint8_t *tile, const Acts &x, 
         for (int i = 0; i < T; i++) sum[i][0] = sum[i][1] = _mm256_setzero_si256();
         const uint8_t *p = tile + header;
         for (int c = 0; c < v.G; c += 4, p += 64, q += 4) {
-            if (T == 1) ahead(p, 64);
             const __m256i w0 = load(p), w1 = load(p + 32), a0 = _mm256_abs_epi8(w0), a1 = _mm256_abs_epi8(w1);
 #pragma GCC unroll 8
             for (int i = 0; i < T; i++) {
@@ -193,7 +185,6 @@ template <int K, int P, int T> void gathered(const View &v, const uint8_t *tile,
         const uint8_t *p = tile + header;
         const int groups = v.G / 16;
         for (int g = 0; g < groups; g++, p += step, q += 16) {
-            if (T == 1) ahead(p, step);
 #pragma GCC unroll 8
             for (int k = 0; k < P; k++) {
                 __m256i position, code;

@@ -19,11 +19,6 @@ inline __m512i four(const int8_t *q) { // four activations to every 32-bit lane
 }
 inline __m512i bytes(int v) { return _mm512_set1_epi8((char)v); }
 
-// Asks for the bytes of the next page: the processor's own prefetching stops at the end of a page.
-inline void ahead(const uint8_t *p, int bytes) {
-    for (int i = 0; i < bytes; i += 64) _mm_prefetch((const char *)p + 4096 + i, _MM_HINT_T0);
-}
-
 inline __m512 scales(const uint8_t *tile) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)tile)); }
 inline __m512i zeros(const View &v, const uint8_t *tile) { // one for each row
     return v.zeros ? _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(tile + 32))) : _mm512_set1_epi32(v.zero);
@@ -60,7 +55,6 @@ template <int K, int T> void dense(const View &v, const uint8_t *tile, const Act
         for (int i = 0; i < T; i++) sum[i] = _mm512_setzero_si512();
         const uint8_t *p = tile + header;
         for (int c = 0; c < v.G; c += 32, p += block, q += 32) {
-            if (T == 1) ahead(p, block);
 #pragma GCC unroll 8
             for (int s = 0; s < 8; s++) {
                 const __m512i w = codes<K>(p, s);
@@ -128,7 +122,6 @@ template <int K, int PAIRS, bool SYMMETRIC, int T> void gathered(const View &v, 
         for (int i = 0; i < T; i++) sum[i] = _mm512_setzero_si512();
         const uint8_t *p = tile + header;
         for (int c = 0; c < v.G; c += run, p += step, q += run) {
-            if (T == 1) ahead(p, step);
             __m512i table[T];
             for (int i = 0; i < T; i++) table[i] = _mm512_xor_si512(load(q + i * x.stride), middle);
             const auto some = [&](int from, int count) __attribute__((always_inline)) {
