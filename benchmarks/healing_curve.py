@@ -4,8 +4,8 @@
 
 Every stage is one `lissom compress` and one `lissom evaluate` of the files on disk (WikiText-2 raw test, 16 × 1024); `heal` goes on
 from the directory of `reconstruct`, which `--keep` keeps. Rows are in benchmarks/rows/healing/, the figure in
-benchmarks/figures/healing.png. Calibration is a third WikiText-2 v1 validation, a third Brown, a third ABC; what is trained on is Brown
-and ABC alone, behind the part that calibrates. Minutes are those of the machine while other jobs ran.
+benchmarks/figures/healing.png. One-shot and reconstruction calibrate on SAMPLES × 512 tokens of WikiText-2 v1 validation, as
+everywhere; distillation reads Brown and ABC alone. Minutes are those of one thread.
 """
 
 from __future__ import annotations
@@ -19,26 +19,22 @@ from typing import Any
 from main_table import DATA, HERE, evaluation_on, lissom
 
 ROWS, FIGURE = HERE / "rows" / "healing", HERE / "figures" / "healing.png"
-SHARE = 1_100_000  # characters of Brown and of ABC that calibrate; the rest is trained on
 CASES = {
     "70": ["--set", "sparsity=0.7"],
     "4:16+int4": ["--set", "pattern=4:16", "--set", "sparsity=null", "--set", "bits=4", "--set", "group_size=64", "--format", "packed"],
 }  # fmt: skip
-RECONSTRUCT = ["--set", "epochs=2", "--set", "learning_rate=0.003"]  # by the errors of single blocks on held-out text
 HEAL = {
     "use": "heal", "teacher": "demo", "steps": 100_000, "batch": 4, "length": 256, "learning_rate": 3e-4, "warmup": 0.1,
     "held_out": 8, "evaluate_every": 8, "precision": "bfloat16",
 }  # fmt: skip
 
 
-def texts(folder: Path) -> tuple[str, str]:
-    """(calibration, training): files in ``folder``."""
-    valid = (DATA / "valid.txt").read_text(encoding="utf-8")
-    others = [(DATA.parent / "text" / f"{name}.txt").read_text(encoding="utf-8") for name in ("brown", "abc")]
-    paths = folder / "calibration.txt", folder / "training.txt"
-    paths[0].write_text(valid + "".join(t[:SHARE] for t in others), encoding="utf-8")
-    paths[1].write_text("".join(t[SHARE:] for t in others), encoding="utf-8")
-    return str(paths[0]), str(paths[1])
+def training_text(folder: Path) -> str:
+    """Brown and ABC, one after the other, in a file in ``folder``."""
+    path = folder / "training.txt"
+    parts = [(DATA.parent / "text" / f"{name}.txt").read_text(encoding="utf-8") for name in ("brown", "abc")]
+    path.write_text("".join(parts), encoding="utf-8")
+    return str(path)
 
 
 def path_of(case: str, stage: str) -> Path:
@@ -46,12 +42,13 @@ def path_of(case: str, stage: str) -> Path:
 
 
 def run(case: str, stage: str, folder: Path, minutes: float, samples: int) -> dict[str, Any]:
-    calibration, training = texts(folder)
-    common = ["--calibration", calibration, "--samples", str(samples), "--length", "512"]
+    common = ["--calibration", str(DATA / "valid.txt"), "--samples", str(samples), "--length", "512"]
     out = folder / stage
     if stage == "heal":
         recipe = folder / "heal.yaml"
-        recipe.write_text(json.dumps({"steps": [{**HEAL, "minutes": minutes, "data": training}]}), encoding="utf-8")
+        recipe.write_text(
+            json.dumps({"steps": [{**HEAL, "minutes": minutes, "data": training_text(folder)}]}), encoding="utf-8"
+        )
         given = [str(folder / "reconstruct"), str(out), "--recipe", str(recipe)]
     else:
         given = [
@@ -60,7 +57,6 @@ def run(case: str, stage: str, folder: Path, minutes: float, samples: int) -> di
             "--recipe",
             {"one-shot": "sparsegpt", "reconstruct": "sparsegpt-healed"}[stage],
             *CASES[case],
-            *(RECONSTRUCT if stage == "reconstruct" else []),
         ]
     made = lissom("compress", *given, *common)
     seen = lissom("evaluate", str(out), *evaluation_on("test.raw.txt"))
@@ -104,7 +100,7 @@ def draw() -> None:
     ax.set_yscale("log")
     ax.set_yticks([20, 30, 50, 80, 120, 180], ["20", "30", "50", "80", "120", "180"])
     ax.minorticks_off()
-    ax.set_xlabel("minutes on one thread, other jobs beside it")
+    ax.set_xlabel("minutes on one thread")
     ax.set_ylabel("perplexity, WikiText-2 raw test")
     ax.set_title(
         "Dotted: held-out Brown and ABC text while distilling, moved to start at the artefact's value", fontsize=8
@@ -120,7 +116,7 @@ def main() -> None:
     parser.add_argument("--case", default="70", choices=list(CASES))
     parser.add_argument("--stage", default="", choices=["", "one-shot", "reconstruct", "heal"])
     parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--samples", type=int, default=48)
+    parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--keep", type=Path, default=Path("/tmp/lissom-healing"))
     options = parser.parse_args()
     ROWS.mkdir(parents=True, exist_ok=True)

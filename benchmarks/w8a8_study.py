@@ -2,7 +2,8 @@
 
     .venv/bin/python benchmarks/w8a8_study.py [MODEL] [--only PATTERN] [--samples 8] [--windows 6] [--length 512]
 
-In memory, nothing is solved: weights to nearest, factors of SmoothQuant from the largest magnitudes of the calibration samples.
+In memory, nothing is solved: weights to nearest, factors of SmoothQuant from the largest magnitudes of the calibration samples, or from
+their root mean squares.
 Stages: 0 is the input of q, k, v; 1 of o; 2 of gate and up; 3 of down.
 """
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from lissom.core import Grid, Stats
 from lissom.export import open_model
-from lissom.methods.quantize.smoothquant import smooth_scale
+from lissom.methods.quantize.smoothquant import smooth_scale, statistic_of
 from lissom.models import Block, InputGrid, Linear, Model, Operators
 from lissom.models.folds import fold, shared_factor, source_of
 from lissom.models.operators import BlockOperators
@@ -54,23 +55,23 @@ def main() -> None:
     model = Model(open_model(options.model))
     setting = Calibration(options.calibration, options.samples, options.length)
     data = load_calibration(model.checkpoint.tokenizer(), setting, model.config.vocab_size, options.windows)
-    peaks: dict[tuple[int, int], Tensor] = {}
+    seen: dict[tuple[int, int], Stats] = {}
     hidden = [torch.cat(embed(model, data.ids))]
     for i in range(model.blocks):
 
         def visit(stage: tuple[Linear, ...], stats: Stats, i: int = i) -> None:
-            peaks[i, stage[0].stage] = stats.absmax
+            seen[i, stage[0].stage] = stats
 
         hidden = stream_block(model.load_block(i), hidden, visit, gram=False)
 
-    def smoothed(alpha: float, stages: tuple[int, ...] = ALL) -> Change:
+    def smoothed(alpha: float, stages: tuple[int, ...] = ALL, statistic: str = "absmax") -> Change:
         def change(block: Block) -> None:
             at = model.prefix + block.row.layer.format(block.number)
             for s in stages:
                 source = source_of(block.row, model.config, at, block.linears, s)
                 if not isinstance(source, str):
                     W = torch.cat([block.weight(la.name) for la in source.readers])
-                    factor = smooth_scale(peaks[block.number, s], W, alpha)
+                    factor = smooth_scale(statistic_of(seen[block.number, s], statistic), W, alpha)
                     fold(block, source, shared_factor(source, factor, block.sizes))
             rounded(ROW)(block)
 
@@ -86,6 +87,7 @@ def main() -> None:
         **{f"inputs by token, stage {s} only": (None, own) for s, own in inputs.items()},
         "both": (rounded(ROW), every),
         **{f"both, smoothed, alpha {a}": (smoothed(a), every) for a in (0.3, 0.5, 0.7, 0.85)},
+        **{f"both, smoothed by rms, alpha {a}": (smoothed(a, ALL, "rms"), every) for a in (0.5, 0.6, 0.7)},
         "both, smoothed, alpha 0.5, stage 3 left out": (smoothed(0.5, (0, 1, 2)), every),
     }
     outer = model.load_outer()

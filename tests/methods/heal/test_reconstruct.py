@@ -107,6 +107,43 @@ def test_codes_move_on_their_grid_and_the_held_back_error_falls(constraint):
     assert after.notes["block_error_after"] < 0.9 * after.notes["block_error_before"]
 
 
+def test_learned_scales_have_the_gradient_of_a_difference_quotient_and_are_stored_as_judged():
+    generator = torch.Generator().manual_seed(7)
+    solved = _solved(torch.randn(3, 8, generator=generator), Both(Sparse(0.3), Grid(2, 4)))
+    rule = Legal.of(solved)
+    latent = solved.weight + 0.2 * torch.randn(3, 8, generator=generator)
+    stretch = torch.zeros_like(solved.codes.scale)
+    assert torch.allclose(rule.weight(latent, stretch), rule.weight(latent), atol=1e-6)
+    towards = torch.randn(3, 8, generator=generator)
+    leaf = stretch.clone().requires_grad_()
+    (rule.weight(latent, leaf) * towards).sum().backward()
+    s, z, top = solved.codes.scale, solved.codes.zero, 2**solved.codes.bits - 1
+    for row, group in itertools.product(range(3), range(2)):
+        wanted = 0.0
+        for c in range(4 * group, 4 * group + 4):
+            u = float(latent[row, c] * solved.mask[row, c] / s[row, group])
+            low, high = -float(z[row, group]), top - float(z[row, group])
+            steps = min(max(u, low), high)
+            free = u if low < u < high else 0.0  # straight-through: round(u) has u's slope
+            wanted += float(towards[row, c] * s[row, group]) * (round(steps) - free)
+        assert float(leaf.grad[row, group]) == pytest.approx(wanted, rel=1e-3, abs=1e-5)
+    moved = stretch + 0.3 * torch.randn(stretch.shape, generator=generator)
+    new = rule.solved(latent, solved, moved)
+    assert torch.allclose(new.weight, rule.weight(latent, moved), atol=1e-6)
+    assert torch.equal(new.codes.decode(), new.weight) and not new.weight[~solved.mask].any()
+    assert torch.equal(new.codes.scale.half().float(), new.codes.scale)
+    with pytest.raises(ValueError, match="scales"):
+        Reconstruct(scales=-1.0)
+
+
+def test_scales_that_learn_too_leave_less_error():
+    problem = _linear_block(Grid(2, 4))
+    codes, both = (reconstruct(problem, Reconstruct(epochs=30, learning_rate=0.03, scales=s))["a"] for s in (0.0, 0.03))
+    assert not torch.equal(both.codes.scale, problem.solved["a"].codes.scale)
+    assert both.notes["block_error_after"] < 0.9 * codes.notes["block_error_after"]
+    assert both.notes["block_error_before"] == codes.notes["block_error_before"]
+
+
 def test_the_same_seed_gives_the_same_weights_and_another_one_others():
     problem, config = _linear_block(Sparse(0.5)), Reconstruct(epochs=2)
     one, two = (reconstruct(problem, config)["a"].weight for _ in range(2))

@@ -39,7 +39,22 @@ def test_smoothing_leaves_the_function_alone_and_flattens_activations() -> None:
     assert solved.notes["activation_peak_smooth"] < solved.notes["activation_peak"]
 
 
-def test_searched_smoothing_is_the_best_of_a_loop_and_respects_owners() -> None:
+def test_smoothing_by_the_root_mean_square_forgets_a_single_token() -> None:
+    g = torch.Generator().manual_seed(4)
+    x, W = torch.randn(400, 8, generator=g), torch.randn(6, 8, generator=g)
+    x[0, 5] = 1000.0
+    p = Problem(W, Stats.of(x), Stack(((6, Both(None, Grid(8, None, True))),)), ("l",))
+    s, _ = METHODS["smoothquant"].fold(p, SmoothQuant(0.5, "rms"))  # type: ignore[misc]
+    rms = torch.stack([torch.tensor([float(v) ** 2 for v in x[:, j]]).mean().sqrt() for j in range(8)])
+    assert torch.allclose(s, (rms / W.abs().amax(0)).sqrt(), rtol=1e-3)
+    peak, _ = METHODS["smoothquant"].fold(p, SmoothQuant(0.5))  # type: ignore[misc]
+    assert peak[5] > 3 * s[5]
+    with pytest.raises(ValueError, match="statistic"):
+        SmoothQuant(statistic="median")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("statistic", ["absmax", "rms"])
+def test_searched_smoothing_is_the_best_of_a_loop_and_respects_owners(statistic: str) -> None:
     g = torch.Generator().manual_seed(3)
     x, W = torch.randn(40, 12, generator=g), torch.randn(20, 12, generator=g)
     x[:, 2] *= 40
@@ -47,10 +62,11 @@ def test_searched_smoothing_is_the_best_of_a_loop_and_respects_owners() -> None:
     owner = torch.tensor([0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5])
     grid = Grid(8, None, True)
     p = Problem(W, Stats.of(x), Stack(((20, Both(None, grid)),)), ("l",), extras={"sample": x, "owner": owner})
-    s, notes = METHODS["smoothquant"].fold(p, SmoothQuant("search"))  # type: ignore[misc]
+    s, notes = METHODS["smoothquant"].fold(p, SmoothQuant("search", statistic))  # type: ignore[misc,arg-type]
+    wide = x.abs().amax(0) if statistic == "absmax" else x.square().mean(0).sqrt()
     y, errors = x @ W.T, {}
     for alpha in (0.0, *(i / 20 for i in range(2, 20))):
-        f = smooth_scale(p.stats.absmax, W, alpha) if alpha else torch.ones(12)
+        f = smooth_scale(wide, W, alpha) if alpha else torch.ones(12)
         f = (f.view(2, 6).log().mean(0).exp().repeat(2)).half().float() if alpha else f
         step = (x / f).abs().amax(1, keepdim=True) / 127.5
         rounded = torch.round(x / f / step).clamp(-128, 127) * step @ grid.project(W * f).T

@@ -2,8 +2,9 @@
 
     w = mask ∘ θ                                        sparse
     w = decode(round(mask ∘ θ)),   ∂w/∂θ := mask ∘ 1[in range]   on a grid: straight-through (arXiv 1308.3432)
+    w = s e^t · round(θ / s e^t),  ∂w/∂t := w − θ · 1[in range]  where scales are learned too (LSQ, arXiv 1902.08153, in log space)
 
-The mask, the scales and the zero points never change; a zero stays exactly zero, because zero is a level of every grid.
+The mask and the zero points never change; a zero stays exactly zero, because zero is a level of every grid.
 """
 
 from __future__ import annotations
@@ -35,19 +36,32 @@ class Legal:
         scale, zero = (spread_groups(t, columns, c.group_size) for t in (c.scale, c.zero))
         return GridParams(scale, zero, torch.full_like(scale[:1, :1], 2.0**c.bits))
 
-    def weight(self, latent: Tensor) -> Tensor:
-        """Legal weights, (out, in), differentiable in ``latent``."""
+    def scale(self, stretch: Tensor) -> Tensor:
+        """The scales (out, groups) times e^``stretch``, as half precision holds them."""
+        assert self.codes is not None
+        free = self.codes.scale * stretch.exp()
+        return free + (free.half().float() - free).detach()
+
+    def weight(self, latent: Tensor, stretch: Tensor | None = None) -> Tensor:
+        """Legal weights, (out, in), differentiable in ``latent``, and in ``stretch`` (out, groups) where scales are learned."""
         w = latent if self.mask is None else latent * self.mask
         if self.codes is None:
             return w
+        if stretch is not None:
+            c, columns = self.codes, w.shape[1]
+            scale, zero = (spread_groups(t, columns, c.group_size) for t in (self.scale(stretch), c.zero))
+            steps = torch.minimum(torch.maximum(w / scale, -zero), 2.0**c.bits - 1 - zero)
+            return scale * (steps + (torch.round(steps) - steps).detach())
         grid = self._grid(w.shape[1])
         low, high = grid.decode(torch.zeros(())), grid.decode(grid.levels - 1)
         inside = torch.minimum(torch.maximum(w, low), high)  # no gradient beyond the range
         return inside + (grid.project(w) - inside).detach()
 
     @torch.no_grad()
-    def solved(self, latent: Tensor, before: Solved) -> Solved:
-        """``before`` with the weights, and the codes, that ``latent`` stands for. The error is not known: NaN."""
+    def solved(self, latent: Tensor, before: Solved, stretch: Tensor | None = None) -> Solved:
+        """``before`` with the weights, and the codes, that ``latent`` and ``stretch`` stand for. The error is not known: NaN."""
+        if stretch is not None and self.codes is not None:
+            return Legal(self.mask, replace(self.codes, scale=self.scale(stretch))).solved(latent, before)
         w = latent.detach() if self.mask is None else torch.where(self.mask, latent.detach(), 0.0)
         error = torch.full_like(before.error, torch.nan)
         if self.codes is None:

@@ -17,6 +17,9 @@ with g the gradients of single samples at *all* weights, ḡ their mean: the dia
 Hessian, smoothed to rank one as it is for one layer (outputs' gradient times input; Adafactor, arXiv 1804.04235). Growing by
 gradient is RigL's rule (arXiv 1911.11134). The number of zeros stays.
 
+``scales`` > 0 trains the scales of grids too, each by a factor e^t with t from 0 at that learning rate: at 2 bits the codes
+alone hardly move (EfficientQAT, arXiv 2407.11062, trains both block by block).
+
 Some samples are held back; the weights of the epoch with the least held-back error are returned, so training never
 makes the held-back error worse than that of the solver.
 
@@ -43,7 +46,8 @@ from .legal import Legal
 class Reconstruct:
     """``epochs`` over the samples; ``batch`` samples a step; ``learning_rate`` of Adam at its peak (after ``warmup`` of all
     steps; then cosine to zero); ``inputs`` compressed|dense|both; ``held_back`` fraction of samples; ``reselect`` fraction of the
-    kept weights that change places in each of ``rounds``; ``seed`` of the order."""
+    kept weights that change places in each of ``rounds``; ``scales`` learning rate of the logarithms of the grids' scales, 0 keeps
+    them; ``seed`` of the order."""
 
     epochs: int = 4
     batch: int = 1
@@ -53,6 +57,7 @@ class Reconstruct:
     held_back: float = 0.125
     reselect: float = 0.0
     rounds: int = 3
+    scales: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -60,6 +65,8 @@ class Reconstruct:
             raise ValueError(
                 f"epochs, batch and rounds must be at least 1, not {self.epochs}, {self.batch} and {self.rounds}"
             )
+        if self.scales < 0:
+            raise ValueError(f"scales must be at least 0, not {self.scales}")
         if self.learning_rate <= 0 or not 0 <= self.warmup < 1 or not 0 <= self.held_back < 1:
             raise ValueError("learning_rate must be positive, warmup and held_back in [0, 1)")
         if not 0 <= self.reselect < 1:
@@ -77,6 +84,8 @@ def reconstruct(problem: BlockProblem, config: Reconstruct) -> dict[str, Solved]
     start = {name: Legal.of(s) for name, s in problem.solved.items()}
     legal = {name: rule for name, rule in start.items() if rule is not None}
     latent = {n: problem.solved[n].weight.clone().requires_grad_() for n in legal}
+    coded = {n: c for n, rule in legal.items() if (c := rule.codes) is not None}
+    stretch = {n: torch.zeros_like(c.scale).requires_grad_() for n, c in coded.items()} if config.scales else {}
     fixed = {n: s.weight for n, s in problem.solved.items() if n not in latent}
     if not latent:
         return dict(problem.solved)
@@ -87,7 +96,7 @@ def reconstruct(problem: BlockProblem, config: Reconstruct) -> dict[str, Solved]
     judged = range(train, len(targets)) if held else range(train)
 
     def weights() -> dict[str, Tensor]:
-        return fixed | {n: legal[n].weight(t) for n, t in latent.items()}
+        return fixed | {n: legal[n].weight(t, stretch.get(n)) for n, t in latent.items()}
 
     @torch.no_grad()
     def judge() -> float:
@@ -96,7 +105,12 @@ def reconstruct(problem: BlockProblem, config: Reconstruct) -> dict[str, Solved]
         return sum(float(relative_error(problem.forward(now, compressed[i]), targets[i])) for i in judged) / len(judged)
 
     generator = torch.Generator().manual_seed(config.seed * 100_003 + problem.number)
-    optimiser = torch.optim.Adam(list(latent.values()), lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
+    groups = [
+        {"params": list(leaves.values()), "peak": peak}
+        for leaves, peak in ((latent, config.learning_rate), (stretch, config.scales))
+        if leaves
+    ]
+    optimiser = torch.optim.Adam(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
     per_epoch = math.ceil(train / config.batch)
     total = config.epochs * per_epoch
     movable = [n for n in legal if n in problem.free and legal[n].mask is not None] if config.reselect else []
@@ -104,7 +118,7 @@ def reconstruct(problem: BlockProblem, config: Reconstruct) -> dict[str, Solved]
         {round(_MOVING * total * (i + 1) / (config.rounds + 1)) for i in range(config.rounds)} if movable else set()
     )
     before = best = judge()
-    kept, rules = {n: t.detach().clone() for n, t in latent.items()}, dict(legal)
+    kept, scaled, rules = _copies(latent), _copies(stretch), dict(legal)
     step = 0
     with torch.enable_grad():
         for _ in range(config.epochs):
@@ -117,7 +131,8 @@ def reconstruct(problem: BlockProblem, config: Reconstruct) -> dict[str, Solved]
                         legal[n] = _moved(
                             legal[n], latent[n], gradients[n], config.reselect, optimiser.state[latent[n]]
                         )
-                optimiser.param_groups[0]["lr"] = config.learning_rate * rate(step, total, config.warmup)
+                for group in optimiser.param_groups:
+                    group["lr"] = group["peak"] * rate(step, total, config.warmup)
                 chosen = order[at : at + config.batch]
                 source = _source(config.inputs, step, compressed, dense)
                 loss = relative_error(
@@ -135,9 +150,9 @@ def reconstruct(problem: BlockProblem, config: Reconstruct) -> dict[str, Solved]
                 step += 1
             now = judge()
             if now < best:
-                best, kept, rules = now, {n: t.detach().clone() for n, t in latent.items()}, dict(legal)
+                best, kept, scaled, rules = now, _copies(latent), _copies(stretch), dict(legal)
     notes = {"block_error_before": before, "block_error_after": best}
-    return {n: _finish(s, rules.get(n), kept.get(n), notes) for n, s in problem.solved.items()}
+    return {n: _finish(s, rules.get(n), kept.get(n), scaled.get(n), notes) for n, s in problem.solved.items()}
 
 
 _MOVING = 0.6  # share of the steps in which masks may move; the rest is for the weights to settle
@@ -199,7 +214,13 @@ def _source(inputs: str, step: int, compressed: list[Tensor], dense: list[Tensor
     return dense if inputs == "dense" or (inputs == "both" and step % 2) else compressed
 
 
-def _finish(solved: Solved, rule: Legal | None, latent: Tensor | None, notes: Mapping[str, float]) -> Solved:
+def _copies(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n: t.detach().clone() for n, t in leaves.items()}
+
+
+def _finish(
+    solved: Solved, rule: Legal | None, latent: Tensor | None, stretch: Tensor | None, notes: Mapping[str, float]
+) -> Solved:
     if rule is None or latent is None:
         return solved
-    return replace(rule.solved(latent, solved), mask=rule.mask, notes={**solved.notes, **notes})
+    return replace(rule.solved(latent, solved, stretch), mask=rule.mask, notes={**solved.notes, **notes})
