@@ -79,7 +79,7 @@ def dyadic(multiplier: Tensor, bits: int = 31) -> tuple[Tensor, Tensor]:
     return torch.where(carry, m // 2, m), bits - exponent.long() - carry.long()
 
 
-def requantize(acc: Tensor, m: Tensor, n: Tensor, zero: int, low: int, high: int) -> Tensor:
+def requantize(acc: Tensor, m: Tensor, n: Tensor, zero: int | Tensor, low: int, high: int) -> Tensor:
     """``clamp(round(acc · m · 2^−n) + zero, low, high)`` in integers; halves round up. acc: |acc| < 2^31."""
     shift = n.clamp_min(1)
     product = acc.long() * m

@@ -6,7 +6,8 @@
 Weights: 8 bits symmetric, one scale per output row; biases int32 at the accumulator's scale. Activations: 8 bits
 symmetric, static; the input of every linear has a scale per channel s · t_j, t_j = max|x_j|^α / max|W_j|^(1−α)
 (SmoothQuant's), which costs nothing: it is part of the requantization before and of the integer weights after. The residual stream is carried beside at 16 bits (22 in the reference). Every linear is
-requantized by dyadic numbers (:mod:`.activations`), so no float occurs between ids and pooled codes.
+requantized by dyadic numbers (:mod:`.activations`), so no float occurs between ids and pooled codes. GELU's output, never below −0.17,
+has a zero point per channel, which is taken off again in the bias of the next layer.
 :func:`calibrate` runs the float encoder once to find ranges; :func:`prepare` makes all integers; :func:`encode` runs.
 Source: Kim et al., ICML 2021 (arXiv 2101.01321), §3; methods/02 §9. Post-training only.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from .smoothquant import smooth_scale
 
 Weights = Mapping[str, Tensor]
 _SCORE_SCALE, _GELU_TOP, _TOP, _WIDE = 2.0**-10, 2047, 127, 32767
+_GELU_LOW = 0.17  # GELU(x) > −0.17
 _LINEARS = ("q", "k", "v", "o", "up", "down")
 
 
@@ -115,7 +117,7 @@ class IntLayer:
     scores: tuple[Tensor, Tensor]
     context: tuple[Tensor, Tensor]
     gelu_scale: float  # fixes integer constants of i-GELU, no run-time float
-    gelu: tuple[Tensor, Tensor]
+    gelu: tuple[Tensor, Tensor, Tensor]  # and zero points, (inner,)
     residual: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
     norms: tuple[IntNorm, IntNorm]
 
@@ -175,6 +177,14 @@ def prepare(model: Encoder, seen: Mapping[str, Tensor], config: IBert | None = N
         t = smooth_scale(seen[name], torch.cat(list(readers)), alpha)
         return (t * (seen[name] / t).max().clamp_min(1e-9) / _TOP).double()
 
+    def after_gelu(i: int) -> tuple[Tensor, Tensor]:
+        """Scales, and zero points in codes, of every channel between GELU and down."""
+        high = seen[f"{i}.gelu"].double()
+        low = high.clamp_max(_GELU_LOW)
+        t = smooth_scale(seen[f"{i}.gelu"], model.layers[i]["down"], alpha).double()
+        s = t * ((low + high) / t).max().clamp_min(1e-9) / (2 * _TOP)
+        return s, torch.round(low / s).long() - _TOP
+
     def into_layer(i: int) -> Tensor:
         """Of the stream into layer i; nothing reads the last one, so its narrow form has one scale."""
         if i == len(model.layers):
@@ -195,11 +205,14 @@ def prepare(model: Encoder, seen: Mapping[str, Tensor], config: IBert | None = N
         # finer steps than 0.0038 would carry i-GELU's product of erf and input beyond 32 bits
         gelu_in = max(top(f"{i}.up") / _GELU_TOP, 0.0038)
         into = dict.fromkeys("qkv", into_layer(i))
-        into |= {r: channels(f"{i}.{a}", [w[r]]) for r, a in (("o", "context"), ("up", "mid"), ("down", "gelu"))}
+        into |= {r: channels(f"{i}.{a}", [w[r]]) for r, a in (("o", "context"), ("up", "mid"))}
+        into["down"], zero = after_gelu(i)
         outof = {r: narrow(f"{i}.{r}") for r in "qkv"}
         outof |= {"o": wide(f"{i}.sum1"), "up": gelu_in, "down": wide(f"{i}.sum2")}
         tops = {"o": _WIDE, "down": _WIDE, "up": _GELU_TOP}
         linears = {r: _linear(w[r], w[f"{r}.bias"], into[r], outof[r], tops.get(r, _TOP)) for r in _LINEARS}
+        down = linears["down"]
+        linears["down"] = replace(down, bias=down.bias - down.weight.long() @ zero)
         gelu_out = i_gelu(torch.zeros(1, dtype=torch.long), gelu_in)[1]
         layers.append(
             IntLayer(
@@ -207,7 +220,7 @@ def prepare(model: Encoder, seen: Mapping[str, Tensor], config: IBert | None = N
                 _pair(outof["q"] * outof["k"] / math.sqrt(head) / _SCORE_SCALE),
                 _heads(outof["v"] * 2.0**-8 / into["o"], model.heads),
                 gelu_in,
-                dyadic(gelu_out / into["down"]),
+                (*dyadic(gelu_out / into["down"]), zero),
                 (_pair(wide(f"x{i}") / outof["o"]), _pair(wide(f"{i}.mid") / outof["down"])),
                 (
                     _norm(w["norm1.gain"], w["norm1.bias"], into["up"], wide(f"{i}.mid")),
@@ -227,7 +240,7 @@ def integer_layer(layer: IntLayer, heads: int, q8: Tensor, q16: Tensor, keep: Te
     h = layer.linears["o"](context) + requantize(q16, *layer.residual[0], 0, -_WIDE, _WIDE)
     q8, q16 = layer.norms[0](h)
     g, _ = i_gelu(layer.linears["up"](q8), layer.gelu_scale)
-    g = requantize(g, *layer.gelu, 0, -_TOP, _TOP)
+    g = requantize(g, *layer.gelu, -_TOP, _TOP)
     h = layer.linears["down"](g) + requantize(q16, *layer.residual[1], 0, -_WIDE, _WIDE)
     return layer.norms[1](h)
 
