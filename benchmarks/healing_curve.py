@@ -42,7 +42,8 @@ def path_of(case: str, stage: str) -> Path:
 
 
 def run(case: str, stage: str, folder: Path, minutes: float, samples: int) -> dict[str, Any]:
-    common = ["--calibration", str(DATA / "valid.txt"), "--samples", str(samples), "--length", "512"]
+    common = ["--calibration", str(DATA / "valid.txt"), "--length", "512"]
+    common += ["--samples", "1" if stage == "heal" else str(samples)]  # distillation has its own text
     out = folder / stage
     if stage == "heal":
         recipe = folder / "heal.yaml"
