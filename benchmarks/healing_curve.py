@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +83,6 @@ def draw() -> None:
             start = at if row["stage"] == "heal" else 0.0
             at = start + row["seconds"] / 60
             points.append((at, row["perplexity"], row["stage"]))
-            if row["stage"] == "heal":
-                history = row["healing"]["heal"]
-                shift = math.log(rows[-2]["perplexity"]) - history[0]["held_out"]
-                x = [start + r["seconds"] / 60 for r in history]
-                ax.plot(x, [math.exp(r["held_out"] + shift) for r in history], ":", color=colour, linewidth=1.2)
         if points:
             ax.plot(
                 *zip(*[p[:2] for p in points], strict=True), "o-", color=colour, label=f"{case} (artefacts, raw test)"
@@ -103,9 +97,6 @@ def draw() -> None:
     ax.minorticks_off()
     ax.set_xlabel("minutes on one thread")
     ax.set_ylabel("perplexity, WikiText-2 raw test")
-    ax.set_title(
-        "Dotted: held-out Brown and ABC text while distilling, moved to start at the artefact's value", fontsize=8
-    )
     ax.legend(fontsize=8)
     ax.spines[["top", "right"]].set_visible(False)
     FIGURE.parent.mkdir(exist_ok=True)
