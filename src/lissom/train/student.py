@@ -42,7 +42,7 @@ class Network:
         model.release()
 
     def to(self, device: str | torch.device) -> Network:
-        """Move everything, trained leaves included, to ``device``."""
+        """Move all loaded tensors to ``device``; forms stay where they are, so make them afterwards."""
         for block in self.blocks:
             block.parameters = {k: v.to(device) for k, v in block.parameters.items()}
         self.outer = {k: v.to(device) for k, v in self.outer.items()}

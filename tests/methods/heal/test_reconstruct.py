@@ -136,6 +136,15 @@ def test_learned_scales_have_the_gradient_of_a_difference_quotient_and_are_store
         Reconstruct(scales=-1.0)
 
 
+def test_a_scale_that_would_become_zero_leaves_finite_weights():
+    solved = _solved(torch.randn(2, 8, generator=torch.Generator().manual_seed(1)), Grid(2, 4))
+    rule = Legal(None, dataclasses.replace(solved.codes, scale=torch.full_like(solved.codes.scale, 1e-9)))
+    leaf = torch.zeros_like(solved.codes.scale).requires_grad_()
+    weight = rule.weight(solved.weight, leaf)
+    weight.sum().backward()
+    assert bool(weight.isfinite().all()) and bool(leaf.grad.isfinite().all())
+
+
 def test_scales_that_learn_too_leave_less_error():
     problem = _linear_block(Grid(2, 4))
     codes, both = (reconstruct(problem, Reconstruct(epochs=30, learning_rate=0.03, scales=s))["a"] for s in (0.0, 0.03))

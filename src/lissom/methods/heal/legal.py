@@ -17,6 +17,8 @@ from torch import Tensor
 from ...core import Codes, GridParams, Solved
 from ...core.grid import spread_groups
 
+_LEAST = 2.0**-24  # of half precision: a scale never becomes zero, by which weights are divided
+
 
 @dataclass(frozen=True)
 class Legal:
@@ -39,7 +41,7 @@ class Legal:
     def scale(self, stretch: Tensor) -> Tensor:
         """The scales (out, groups) times e^``stretch``, as half precision holds them."""
         assert self.codes is not None
-        free = self.codes.scale * stretch.exp()
+        free = (self.codes.scale * stretch.exp()).clamp_min(_LEAST)
         return free + (free.half().float() - free).detach()
 
     def weight(self, latent: Tensor, stretch: Tensor | None = None) -> Tensor:
