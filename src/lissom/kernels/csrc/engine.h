@@ -69,7 +69,6 @@ class Engine {
     void gate_up(Ticket &ticket, const Block &w, int thread);
     void rotate(float *x, int token, const std::vector<float> &gain);
     void heads_of(int layer, int token, int head);
-    void attend(int layer, int thread);
     void run(int thread, float *logits);
     void slide(const int *slots, const int *positions, int n);
 

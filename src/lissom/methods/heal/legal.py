@@ -32,12 +32,6 @@ class Legal:
         """The layer's set; None where the stored form is no uniform grid, so that the weights must stay as they are."""
         return None if solved.stored is not None else cls(solved.mask, solved.codes)
 
-    def _grid(self, columns: int) -> GridParams:
-        assert self.codes is not None
-        c = self.codes
-        scale, zero = (spread_groups(t, columns, c.group_size) for t in (c.scale, c.zero))
-        return GridParams(scale, zero, torch.full_like(scale[:1, :1], 2.0**c.bits))
-
     def scale(self, stretch: Tensor) -> Tensor:
         """The scales (out, groups) times e^``stretch``, as half precision holds them."""
         assert self.codes is not None
@@ -49,15 +43,11 @@ class Legal:
         w = latent if self.mask is None else latent * self.mask
         if self.codes is None:
             return w
-        if stretch is not None:
-            c, columns = self.codes, w.shape[1]
-            scale, zero = (spread_groups(t, columns, c.group_size) for t in (self.scale(stretch), c.zero))
-            steps = torch.minimum(torch.maximum(w / scale, -zero), 2.0**c.bits - 1 - zero)
-            return scale * (steps + (torch.round(steps) - steps).detach())
-        grid = self._grid(w.shape[1])
-        low, high = grid.decode(torch.zeros(())), grid.decode(grid.levels - 1)
-        inside = torch.minimum(torch.maximum(w, low), high)  # no gradient beyond the range
-        return inside + (grid.project(w) - inside).detach()
+        free = self.codes.scale if stretch is None else self.scale(stretch)
+        scale, zero = (spread_groups(t, w.shape[1], self.codes.group_size) for t in (free, self.codes.zero))
+        top = 2.0**self.codes.bits - 1
+        steps = torch.minimum(torch.maximum(w / scale, -zero), top - zero)  # no gradient beyond the range
+        return scale * (steps + (torch.round(steps) - steps).detach())
 
     @torch.no_grad()
     def solved(self, latent: Tensor, before: Solved, stretch: Tensor | None = None) -> Solved:
@@ -68,5 +58,6 @@ class Legal:
         error = torch.full_like(before.error, torch.nan)
         if self.codes is None:
             return replace(before, weight=w.clone(), error=error)
-        codes = replace(self.codes, values=self._grid(w.shape[1]).round(w).to(torch.uint8))
+        c = self.codes
+        codes = Codes.round(w, GridParams(c.scale, c.zero, torch.full_like(c.scale, 2.0**c.bits)), c.bits, c.group_size)
         return replace(before, weight=codes.decode(), codes=codes, error=error)
