@@ -11,7 +11,6 @@ points, 8-bit embedding, norms. `--render` draws benchmarks/kbit.png and prints 
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from study import DATA, study_parser
 from torch import Tensor
 
 from lissom.core import Both, Grid, Problem, Sparse, Stack, Stats, sweep
@@ -34,7 +34,6 @@ from lissom.pipeline.recipe import Calibration, ConstraintSettings, Save
 from lissom.pipeline.stream import stream_block
 
 HERE = Path(__file__).parent
-DATA = HERE.parent.parent / "shared" / "data" / "wikitext2"
 BITS, SPARSITIES = (2, 3, 4, 8), (0.0, 0.5, 0.7)
 SAVE = Save("packed", embedding_bits=8)
 Choice = tuple[str, int, float]  # method, bits, sparsity
@@ -147,13 +146,8 @@ def draw(rows: list[dict[str, Any]], dense: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model", nargs="?", default="demo")
+    parser = study_parser(__doc__, 8)
     parser.add_argument("--groups", default="128,32,64,0")
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--windows", type=int, default=8)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--calibration", default=str(DATA / "valid.txt"))
     parser.add_argument("--test", default=str(DATA / "test.raw.txt"))
     parser.add_argument("--rows", type=Path, default=HERE / "rows-kbit")
     parser.add_argument("--render", action="store_true")

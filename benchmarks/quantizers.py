@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from study import DATA, study_parser
 
 from lissom.core import Problem, Stack, Stats, stored_bits
 from lissom.evaluate import load_text, token_losses, tokenize, windows
@@ -29,7 +30,6 @@ from lissom.pipeline.recipe import Calibration
 from lissom.pipeline.stream import stream_block
 
 HERE = Path(__file__).parent
-DATA = HERE.parent.parent / "shared" / "data" / "wikitext2"
 G3 = {"bits": 3, "group_size": 128}
 STEPS: dict[str, dict[str, Any]] = {
     "rtn": {"use": "rtn", **G3},
@@ -58,13 +58,8 @@ STEPS: dict[str, dict[str, Any]] = {
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model", nargs="?", default="demo")
+    parser = study_parser(__doc__, 4)
     parser.add_argument("--only", default="")
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--windows", type=int, default=4)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--calibration", default=str(DATA / "valid.txt"))
     parser.add_argument("--test", default=str(DATA / "test.raw.txt"))
     parser.add_argument("--rows", type=Path, default=HERE / "rows-quantizers.json")
     parser.add_argument("--render", action="store_true")

@@ -9,12 +9,11 @@ Stages: 0 is the input of q, k, v; 1 of o; 2 of gate and up; 3 of down.
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from study import study_parser
 from torch import Tensor
 
 from lissom.core import Grid, Stats
@@ -28,7 +27,6 @@ from lissom.pipeline.data import embed, load_calibration
 from lissom.pipeline.recipe import Calibration
 from lissom.pipeline.stream import stream_block
 
-DATA = Path(__file__).parent.parent.parent / "shared" / "data" / "wikitext2"
 ALL = (0, 1, 2, 3)
 ROW = Grid(8, None, True)
 Change = Callable[[Block], None]
@@ -44,13 +42,8 @@ def rounded(grid: Grid) -> Change:
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model", nargs="?", default="demo")
+    parser = study_parser(__doc__, 6)
     parser.add_argument("--only", default="")
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--windows", type=int, default=6)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--calibration", default=str(DATA / "valid.txt"))
     options = parser.parse_args()
     model = Model(open_model(options.model))
     setting = Calibration(options.calibration, options.samples, options.length)
