@@ -46,8 +46,6 @@ class SmoothQuant:
     def __post_init__(self) -> None:
         if self.alpha != "search" and not (isinstance(self.alpha, int | float) and 0 <= self.alpha <= 1):
             raise ValueError(f"alpha must be in [0, 1] or 'search', not {self.alpha}")
-        if self.statistic not in ("absmax", "rms"):
-            raise ValueError(f"statistic must be absmax or rms, not {self.statistic!r}")
         if not 2 <= self.bits_of_inputs <= 8:
             raise ValueError(f"bits_of_inputs must be 2 … 8, not {self.bits_of_inputs}")
 
