@@ -1,9 +1,11 @@
 """Recipes compared on held-out calibration text, in memory: what choices are made by before an artefact is measured.
 
-    .venv/bin/python benchmarks/held_out.py [--only PATTERN] [--list]
+    .venv/bin/python benchmarks/held_out.py [--only PATTERN] [--list] [--render]
 
-Calibration: SAMPLES × 512 tokens of the first four fifths of WikiText-2 valid; perplexity of 8 windows of 512 tokens of the last
-fifth. Rows are kept in benchmarks/rows/held-out.jsonl and not run again; delete a line to repeat it.
+Calibration: 8 × 512 tokens of the first four fifths of WikiText-2 valid, or what the row's name says; perplexity of 8 windows of
+512 tokens of the last fifth. "Own text" is sampled from the model at temperature 1, each text from a random token (LLM-QAT,
+arXiv 2305.17888, without its greedy start). Rows are kept in benchmarks/rows/held-out.jsonl and not run again; delete a line
+to repeat it. `--render` writes the tables into RESULTS.md.
 """
 
 from __future__ import annotations
@@ -14,22 +16,28 @@ import math
 import re
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from lissom.evaluate import load_text, samples, tokenize
 from lissom.export import open_model
 from lissom.models import Model
 from lissom.pipeline import read
 from lissom.pipeline.allocate import budgets_for
 from lissom.pipeline.data import load_calibration
 from lissom.pipeline.planning import make_plan
+from lissom.pipeline.shots import earlier_shots
 from lissom.pipeline.structured import smaller_model
 from lissom.pipeline.trials import trial_loss
+from lissom.run import generate, open_runner
 
 HERE = Path(__file__).parent
-DATA = HERE.parent.parent / "shared" / "data" / "wikitext2"
+SHARED = HERE.parent.parent / "shared" / "data"
+DATA = SHARED / "wikitext2"
 KEPT = HERE / "rows" / "held-out.jsonl"
 
 CLUSTERS = {"use": "loss-clusters"}
@@ -59,30 +67,99 @@ def gap(n: int) -> dict[str, list[dict[str, Any]]]:
 
 
 PRUNED = {"use": "sparsegpt", "sparsity": 0.7}
+BEST = [CLUSTERS, alps(sparsity=0.7)]
+REPAIR, REFIT = {"use": "dsnot"}, {"use": "refit"}
 ROWS: dict[str, list[dict[str, Any]]] = {
     **gap(4),
     **gap(6),
-    "70% clusters, alps": [CLUSTERS, alps(sparsity=0.7)],
-    "70% clusters, alps, dsnot, refit": [CLUSTERS, alps(sparsity=0.7), {"use": "dsnot"}, {"use": "refit"}],
+    "70% sparsegpt": [PRUNED],
+    "70% sparsegpt, refit": [PRUNED, REFIT],
+    "70% sparsegpt in two passes": [PRUNED | {"shots": 2}],
     "70% clusters, sparsegpt": [CLUSTERS, PRUNED],
-    "70% clusters, sparsegpt, refit": [CLUSTERS, PRUNED, {"use": "refit"}],
-    "70% clusters, sparsegpt, dsnot, refit": [CLUSTERS, PRUNED, {"use": "dsnot"}, {"use": "refit"}],
+    "70% clusters, sparsegpt, refit": [CLUSTERS, PRUNED, REFIT],
+    "70% clusters, sparsegpt, dsnot, refit": [CLUSTERS, PRUNED, REPAIR, REFIT],
+    "70% clusters, sparsegpt in two passes": [CLUSTERS, PRUNED | {"shots": 2}],
+    "70% alps": [alps(sparsity=0.7)],
+    "70% clusters, alps": BEST,
+    "70% clusters, alps, dsnot, refit": [*BEST, REPAIR, REFIT],
+    "70% clusters, alps in two passes": [CLUSTERS, alps(sparsity=0.7, shots=2)],
+}
+# name → samples, their length, and the texts that take turns; all with BEST
+TEXTS: dict[str, tuple[int, int, tuple[str, ...]]] = {
+    "32 x 128": (32, 128, ("valid",)),
+    "2 x 2048": (2, 2048, ("valid",)),
+    "32 x 512": (32, 512, ("valid",)),
+    "128 x 512": (128, 512, ("valid",)),
+    "8 x 512 of Brown": (8, 512, ("brown",)),
+    "8 x 512 of the model's own text": (8, 512, ("own",)),
+    "32 x 512 of the model's own text": (32, 512, ("own",)),
+    "8 x 512, half own text": (8, 512, ("valid", "own")),
+    "32 x 512, a third each of WikiText, Brown, news": (32, 512, ("valid", "brown", "abc")),
+    "32 x 512, half own text": (32, 512, ("valid", "own")),
 }
 
 
-def measure(source: str, steps: list[dict[str, Any]], samples: int, length: int, windows: int) -> dict[str, Any]:
+def own_text(source: str, vocabulary: int, tokens: int) -> Tensor:
+    """At least ``tokens`` ids in texts of up to 512, sampled from the model."""
+    runner = open_runner(source)
+    firsts = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+    texts: list[list[int]] = []
+    while sum(map(len, texts)) < tokens:
+        n = len(texts)
+        made = generate(runner, [firsts[n]], max_tokens=511, temperature=1.0, seed=n)
+        texts.append([firsts[n], *made.tokens])
+    return torch.tensor([i for text in texts for i in text])
+
+
+def pool(source: str, name: str, tokenizer: Any, vocabulary: int, tokens: int) -> Tensor:
+    if name == "own":
+        return own_text(source, vocabulary, 2 * tokens)
+    if name == "valid":
+        ids = tokenize(tokenizer, load_text(str(DATA / "valid.txt")))
+        return ids[: len(ids) * 4 // 5]
+    return tokenize(tokenizer, load_text(str(SHARED / "text" / f"{name}.txt")))
+
+
+def measure(source: str, steps: list[dict[str, Any]], text: tuple[int, int, tuple[str, ...]] | None) -> dict[str, Any]:
     checkpoint = open_model(source)
     model = Model(checkpoint)
-    overrides = [f"samples={samples}", f"length={length}", f"allocation_samples={samples}"]
-    recipe = read({"steps": steps, "calibration": {"data": str(DATA / "valid.txt")}}, overrides)
-    data = load_calibration(checkpoint.tokenizer(), recipe.calibration, model.config.vocab_size, windows)
+    count, length, names = text or (8, 512, ("valid",))
+    recipe = read(
+        {"steps": steps, "calibration": {"data": str(DATA / "valid.txt")}},
+        ["samples=8", "length=512", f"allocation_samples={count}"],
+    )
+    tokenizer, vocabulary = checkpoint.tokenizer(), model.config.vocab_size
+    data = load_calibration(tokenizer, recipe.calibration, vocabulary, 8)
+    if text:
+        share = [count // len(names) + (i < count % len(names)) for i in range(len(names))]
+        ids = [
+            samples(pool(source, n, tokenizer, vocabulary, k * length), k, length, 0)
+            for n, k in zip(names, share, strict=True)
+        ]
+        data = replace(data, ids=torch.cat(ids))
     started = time.process_time()
     with tempfile.TemporaryDirectory(prefix="lissom-held-out-") as folder, torch.no_grad():
         model, _ = smaller_model(model, recipe, data, Path(folder), torch.float32)
         plan = make_plan(model, recipe)
-        budgets, _ = budgets_for(model, plan, data)
+        model, floors = earlier_shots(model, plan, data, Path(folder) / "shots")
+        budgets, _ = budgets_for(model, plan, data, floors=floors)
         loss = trial_loss(model, plan, budgets, data)
     return {"perplexity": math.exp(loss), "cpu_seconds": round(time.process_time() - started, 1)}
+
+
+def render(found: dict[str, dict[str, Any]]) -> str:
+    def cell(name: str) -> str:
+        return f"{found[name]['perplexity']:.1f} | {found[name]['cpu_seconds']:.0f}" if name in found else " | "
+
+    def table(title: str, names: list[str]) -> list[str]:
+        head = ["", f"| {title} | perplexity | CPU seconds |", "|---|---|---|"]
+        return head + [f"| {n} | {cell(n)} |" for n in names if n in found]
+
+    steps = [n for n in ROWS if n.startswith("70%")]
+    lines = table("steps", steps)
+    lines += table("calibration of clusters + alps at 70%", ["70% clusters, alps", *TEXTS])
+    lines += table("N of 16", [n for n in ROWS if n not in steps])
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -90,27 +167,26 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="demo")
     parser.add_argument("--only", default="")
     parser.add_argument("--list", action="store_true")
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--render", action="store_true")
     options = parser.parse_args()
-    protocol = f"{options.samples} x {options.length}, {options.windows} windows"
-    found = [json.loads(line) for line in KEPT.read_text().splitlines()] if KEPT.exists() else []
-    done = {(row["name"], row["protocol"]): row for row in found}
-    for name, steps in ROWS.items():
-        if not re.search(options.only, name):
-            continue
-        row = done.get((name, protocol))
-        if options.list:
-            print(f"{name:40} {row['perplexity'] if row else math.nan:8.2f}")
-            continue
-        if row is None:
-            row = {"name": name, "protocol": protocol, "steps": steps}
-            row |= measure(options.model, steps, options.samples, options.length, options.windows)
+    lines = KEPT.read_text().splitlines() if KEPT.exists() else []
+    found = {row["name"]: row for row in map(json.loads, lines)}
+    rows = {name: (steps, None) for name, steps in ROWS.items()} | {name: (BEST, t) for name, t in TEXTS.items()}
+    waiting = [n for n in rows if n not in found and re.search(options.only, n)]
+    if options.list:
+        print("\n".join(waiting))
+    elif not options.render:
+        for name in waiting:
+            steps, text = rows[name]
+            found[name] = {"name": name, "steps": steps, **measure(options.model, steps, text)}
             if options.model == "demo":
                 with KEPT.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-        print(f"{name:40} {row['perplexity']:8.2f} {row['cpu_seconds']:6.1f} s", flush=True)
+                    file.write(json.dumps(found[name]) + "\n")
+            print(f"{name:40} {found[name]['perplexity']:8.2f} {found[name]['cpu_seconds']:6.1f} s", flush=True)
+    page = HERE / "RESULTS.md"
+    block = f"<!-- held-out -->\n{render(found)}\n<!-- /held-out -->"
+    text = page.read_text(encoding="utf-8")
+    page.write_text(re.sub("<!-- held-out -->.*<!-- /held-out -->", lambda _: block, text, flags=re.S), "utf-8")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """Channel permutation: orders stay within their segments, never retain less, and are near the best of all by brute force."""
 
 import itertools
+import math
 
 import pytest
 import torch
 
 from lissom.core import Stats
 from lissom.methods.prune.channel_permutation import ChannelPermutation, channel_permutation
+from lissom.methods.prune.e_sparse import SEQUENCE
 from lissom.methods.prune.permute import retained, zigzag
 from lissom.methods.prune.ria import ria_score
 
@@ -72,7 +74,7 @@ def test_e_sparse_shuffles_retain_more_of_its_own_score():
     """Global deal and local swaps, on |w| times entropy and norm."""
     W, norm = layer(12, 64)
     entropy = torch.linspace(0.1, 3, 64)
-    config = ChannelPermutation(search="swap", score="e-sparse", alpha=0.5, block=16)
+    config = ChannelPermutation(search="swap", score="e-sparse", alpha=0.5 / math.sqrt(SEQUENCE), block=16)
     order, before, after = channel_permutation(W, seen(norm, entropy), torch.arange(64)[:, None], 1, 2, 4, config)
     score = W.abs() * (entropy + 0.5 * norm)
     assert before == pytest.approx(retained(score, 2, 4) / float(score.sum()), rel=1e-5)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lissom.core import NM, Problem, Sparse, Stats, damped, histogram_entropy
-from lissom.methods.prune.e_sparse import ESparse, e_sparse, gaussian_entropy
+from lissom.methods.prune.e_sparse import ESparse, channel_weight, e_sparse, gaussian_entropy
 from lissom.methods.prune.gblm import GBLM, gblm
 from lissom.methods.prune.isc import ISC, isc
 from lissom.methods.prune.obd import LOBD, OBD, l_obd, obd
@@ -67,6 +67,14 @@ def test_e_sparse_with_large_alpha_is_wanda_and_uses_a_given_entropy():
     assert torch.equal(e_sparse(problem, ESparse(alpha=1e9)).mask, wanda(problem, Wanda()).mask)
     flat = dataclasses.replace(problem, stats=dataclasses.replace(problem.stats, entropy=torch.ones(16)))
     assert torch.equal(e_sparse(flat, ESparse(alpha=0)).mask, Sparse(0.5).select(problem.weight.abs()))
+
+
+def test_e_sparse_by_hand_and_however_many_tokens_were_seen():
+    X = torch.tensor([[3.0, 1.0], [-3.0, 1.0]])
+    expected = torch.tensor([1.0 + 3 * math.sqrt(2048), 2.0 + math.sqrt(2048)])
+    for times in (1, 50):
+        stats = dataclasses.replace(Stats.of(X.repeat(times, 1)), entropy=torch.tensor([1.0, 2.0]))
+        torch.testing.assert_close(channel_weight(stats, ESparse()), expected)
 
 
 def test_isc_without_obd_is_sparsegpt_and_with_it_the_mixed_score():

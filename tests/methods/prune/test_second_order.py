@@ -10,7 +10,7 @@ from lissom.core import NM, LowRank, Plain, Problem, RecipeError, Sparse, Stats,
 from lissom.methods.prune.dsnot import DSnoT, dsnot, exchange, group_of
 from lissom.methods.prune.l_obs import LOBS, l_obs, removal_losses
 from lissom.methods.prune.oats import OATS, decompose, oats
-from lissom.methods.prune.obd import LOBD, l_obd
+from lissom.methods.prune.obd import LOBD, OBD, l_obd, obd
 from lissom.methods.prune.obs import OBS, fisher_blocks, obs
 from lissom.methods.prune.sparsegpt import SparseGPT, sparsegpt
 from lissom.methods.prune.surgeon import Surgeon, joint_update, surgeon, unit_costs
@@ -58,7 +58,7 @@ def test_block_fisher_obs_is_the_constrained_optimum_of_each_block():
     samples = torch.randn(30, 4, 10, generator=torch.Generator().manual_seed(1))
     problem = make(4, 10, samples=samples)
     solved = obs(problem, OBS(block=5, damping=0.1))
-    F = fisher_blocks(samples, 5, 0.1).double()
+    F = fisher_blocks(samples, OBS(block=5, damping=0.1)).double()
     for r in range(4):
         for b in range(2):
             columns = slice(5 * b, 5 * b + 5)
@@ -69,9 +69,32 @@ def test_block_fisher_obs_is_the_constrained_optimum_of_each_block():
 
 def test_the_fisher_of_a_width_that_blocks_do_not_divide():
     samples = torch.randn(9, 2, 7, generator=torch.Generator().manual_seed(1))
-    F = fisher_blocks(samples, 4, 0.0)
+    F = fisher_blocks(samples, OBS(block=4, damping=0, shrink=0))
     torch.testing.assert_close(F[1, 1, :3, :3], torch.einsum("ni,nj->ij", samples[:, 1, 4:], samples[:, 1, 4:]) / 9)
     assert F.shape == (2, 2, 4, 4)
+
+
+def test_few_gradients_leave_the_order_to_the_diagonal_and_not_to_magnitude():
+    generator = torch.Generator().manual_seed(1)
+    scale = torch.logspace(-1, 1, 20)  # what a weight's gradient is worth
+    samples = torch.randn(2, 8, 20, generator=generator) * scale
+    problem = make(8, 20, samples=samples)
+    by_diagonal = obd(make(8, 20, fisher=samples.square().mean(0)), OBD()).mask
+
+    def agrees(shrink: float | None) -> float:
+        mask = obs(problem, OBS(block=20, damping=1e-6, shrink=shrink, update=False)).mask
+        return float((mask == by_diagonal).float().mean())
+
+    assert agrees(1.0) == 1
+    assert agrees(None) > 0.9 > agrees(0.0)
+
+
+def test_shrinking_keeps_the_diagonal_and_scales_the_rest():
+    samples = torch.randn(6, 2, 8, generator=torch.Generator().manual_seed(1))
+    F, S = (fisher_blocks(samples, OBS(block=4, damping=0, shrink=s)) for s in (None, 0))
+    eye = torch.eye(4, dtype=torch.bool).expand_as(S)
+    torch.testing.assert_close(F[eye], S[eye])
+    torch.testing.assert_close(F[~eye], S[~eye] * 6 / 10)
 
 
 def kronecker_oracle(W, mask, A, G):

@@ -51,7 +51,7 @@ METHODS = {
         ),
         Method(
             "e-sparse", "prune", "solver", "|w| times entropy and norm of its input", "arXiv 2310.15929",
-            ESparse, e_sparse, needs=_INPUTS | {"entropy"}, makes=_ALL, score=e_sparse_score,
+            ESparse, e_sparse, needs=_INPUTS | {"entropy"}, makes=_ALL, comparison="row", score=e_sparse_score,
         ),
         Method(
             "isc", "prune", "solver", "OBS plus OBD saliency in a SparseGPT sweep", "arXiv 2310.09499", ISC, isc,

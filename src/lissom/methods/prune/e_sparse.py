@@ -1,10 +1,13 @@
 """E-Sparse: weights times the information and the strength of their input.
 
     score[r, c] = |W_rc| · (IR_c + α ‖X_c‖₂)          IR_c = −Σ_k p_k ln p_k,  histogram of x_c with ``bins`` bins
+                                                      ‖X_c‖₂ of one sequence of 2048 tokens, on average
 
 Made for N:M patterns, together with the shuffles of :mod:`.permute` (global: zig-zag; local: swap). α → ∞ is Wanda's order.
 Source: Li, Niu, Zhang, Liu, Zhu, Kang 2023 (arXiv 2310.15929), eq. 4–6; methods/03 §7.
-Differs: ‖X_c‖ is the root mean square, so that the balance does not hang on the number of tokens. The pipeline passes the entropy
+The balance hangs on the length that ‖X_c‖ is taken over, which the paper does not state: ours is the 2048 tokens of one sequence in the
+code of Wanda, whatever the calibration. With the root mean square of a token the entropy outweighs it, and inputs hardly count.
+The pipeline passes the entropy
 of the real histogram (``stats.entropy``); where statistics come without it, it is that of a Gaussian input,
 IR_c = ½ ln(2πe σ_c²) − ln(2 max|x_c| / bins), the differential entropy on bins of that width.
 """
@@ -18,6 +21,8 @@ import torch
 from torch import Tensor
 
 from ...core import Problem, Solved, Stats
+
+SEQUENCE = 2048
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ def gaussian_entropy(stats: Stats, bins: int) -> Tensor:
 def channel_weight(stats: Stats, config: ESparse) -> Tensor:
     """What |w| is multiplied with, (in,)."""
     entropy = gaussian_entropy(stats, config.bins) if stats.entropy is None else stats.entropy
-    return entropy + config.alpha * stats.norm / math.sqrt(max(stats.count, 1))
+    return entropy + config.alpha * stats.norm * math.sqrt(SEQUENCE / max(stats.count, 1))
 
 
 def e_sparse_score(problem: Problem, config: ESparse) -> Tensor:
