@@ -14,7 +14,7 @@ from lissom.core import Both, Grid, Problem, RecipeError, Sparse, Stats, sweep
 from lissom.export import LayerPlan, Layout, Packed, expected_bytes, open_model
 from lissom.methods.allocate.spend import Option, hull, plan_size, reach
 from lissom.models import Model
-from lissom.pipeline import gradients
+from lissom.pipeline import curves, gradients
 from lissom.pipeline.curves import layer_options, mean_kl, outer_as_saved, tilted
 from lissom.pipeline.data import load_calibration
 from lissom.pipeline.recipe import read
@@ -255,18 +255,27 @@ class Killed(BaseException):
     """Nothing may catch this."""
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(trained, eighty, tmp_path):
+def test_a_killed_run_goes_on_to_the_same_bytes(trained, eighty, tmp_path, monkeypatch):
+    measure, seen = curves._curves, []
+
     def stop(*at):
         def tick(label, done, total):
+            seen.append(label)
             if (label, done) == at:
                 raise Killed
 
         return tick
 
-    for moment in (("curves", 2), ("compress", 2)):
+    swept = []
+    monkeypatch.setattr(curves, "_curves", lambda layers, *rest: swept.extend(layers) or measure(layers, *rest))
+    for moment, blocks in ((("curves", 2), {0, 1}), (("trial 2", 3), {2, 3}), (("compress", 2), set())):
+        seen = []
+        swept.clear()
         with pytest.raises(Killed):
             go(trained, tmp_path / "out", "target.size=80kB", tick=stop(*moment))
-    seen = []
+        assert {la.block for la in swept} == blocks
+    assert seen.count("trial 1") == 0 < seen.count("trial 2")  # the first one had been finished
+    seen.clear()
     go(trained, tmp_path / "out", "target.size=80kB", tick=lambda label, *_: seen.append(label))
     assert "curves" not in seen and weights_of(tmp_path / "out") == weights_of(eighty[0])
     assert not (tmp_path / "out" / "curves").exists()

@@ -18,9 +18,10 @@ Source: the empirical Fisher diagonal of OBD (LeCun et al. 1989) applied to outp
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +50,40 @@ from .prices import (
 from .recipe import Recipe, Save, Step
 from .stream import solve_stage, stream_block
 from .target import parts
+from .workdir import dump_json
 
 Tick = Callable[[str, int, int], None]
 Options = dict[str, list[Option]]
-Curve = dict[tuple[float, int], tuple[float, float]]  # (sparsity, bits) → (loss, non-zero codes)
+Pair = tuple[float, int]  # sparsity, bits
+Curve = dict[Pair, tuple[float, float]]  # → loss, non-zero codes
 _STEP = 0.02  # between interpolated sparsities
 _WEIGHTS = 40_000_000  # of all choices of a stack that are solved together
 _EMBEDDING_WINDOWS = 4
 _HEAD_TOKENS = 256
 SPARSE_CHECKED = (0.5, 0.8)
 _CHECKED_BLOCKS = (0.1, 0.5, 0.9)  # where in the depth
+
+
+@dataclass
+class Measured:
+    """What one block's layers measured: ``curves`` of the sweep; ``own``: losses of the recipe's own steps, where they ran."""
+
+    curves: dict[Linear, Curve] = field(default_factory=dict)
+    own: dict[Linear, dict[Pair, float]] = field(default_factory=dict)
+
+    def plain(self) -> dict[str, Any]:
+        return {
+            "curves": {la.name: [[*pair, *seen] for pair, seen in c.items()] for la, c in self.curves.items()},
+            "own": {la.name: [[*pair, loss] for pair, loss in c.items()] for la, c in self.own.items()},
+        }
+
+    @classmethod
+    def read(cls, data: Mapping[str, Any], layers: Sequence[Linear]) -> Measured:
+        named = {la.name: la for la in layers}
+        return cls(
+            {named[n]: {(s, b): (loss, count) for s, b, loss, count in c} for n, c in data["curves"].items()},
+            {named[n]: {(s, b): loss for s, b, loss in c} for n, c in data["own"].items()},
+        )
 
 
 def outer_as_saved(model: Model, save: Save, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -111,7 +136,9 @@ def embedding_options(
 def layer_options(
     model: Model, recipe: Recipe, data: CalibrationSet, samples: int, folder: Path, tick: Tick | None = None
 ) -> Options:
-    """Options of every layer that the recipe's solvers touch; gradients go through ``folder``."""
+    """Options of every layer that the recipe's solvers touch; gradients go through ``folder``, and so does what each block
+    measured: a killed run forwards the blocks that it finds there, and solves nothing of them again.
+    """
     ids = data.ids[:samples]
     folder.mkdir(parents=True, exist_ok=True)
     gradients.gather(model, ids, folder, [gradients.OUTPUT_POWER], tick)
@@ -120,31 +147,49 @@ def layer_options(
     pairs = choices(step.constraint, zeros is not None)
     checked = [pair for pair in pairs if not pair[0] or pair[0] in SPARSE_CHECKED]
     own = {round((model.blocks - 1) * f) for f in _CHECKED_BLOCKS}
-    seen: dict[Linear, Curve] = {}
-    ratios: dict[tuple[str, tuple[float, int]], list[float]] = {}
+    measured: list[Measured] = []
     with torch.no_grad():
         hidden = embed(model, ids)
         model.release()
         for i in range(model.blocks):
-            block = model.load_block(i)
+            block, path = model.load_block(i), folder / f"curves-{i}.json"
+            known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+            found = Measured.read(known, block.linears) if known else Measured()
             power = gradients.block_extras(folder, i)
 
-            def visit(stage: tuple[Linear, ...], stats: Stats, block: Any = block, power: Any = power) -> None:
+            def visit(
+                stage: tuple[Linear, ...], stats: Stats, block: Any = block, power: Any = power, found: Measured = found
+            ) -> None:
                 layers = [layer for layer in stage if wanted(layer, step.constraint)]
                 weights = {layer.name: block.weight(layer.name) for layer in layers}
                 scale = {la.name: power[la.name][gradients.OUTPUT_POWER] * (ids.shape[1] - 1) ** 2 for la in layers}
                 if layers:
-                    curves = _curves(layers, weights, scale, stats, step, pairs)
-                    seen.update(curves)
+                    found.curves |= _curves(layers, weights, scale, stats, step, pairs)
                     for pair in checked if block.number in own else ():
                         for la, loss in _really(layers, weights, scale, stats, recipe, pair).items():
-                            ratio = math.log(max(loss, 1e-30) / max(curves[la][pair][0], 1e-30))
-                            ratios.setdefault((la.role, pair), []).append(ratio)
+                            found.own.setdefault(la, {})[pair] = loss
 
-            hidden = stream_block(block, hidden, visit)
+            hidden = stream_block(block, hidden, visit if known is None else _pass, watch=None if known is None else 0)
+            if known is None:
+                dump_json(path, found.plain())
+            measured.append(found)
             if tick:
                 tick("curves", i + 1, model.blocks)
-    return {la.name: interpolate(la, step, _corrected(la, curve, ratios)) for la, curve in seen.items()}
+    ratios: dict[tuple[str, Pair], list[float]] = {}
+    for found in measured:
+        for la, losses in found.own.items():
+            for pair, loss in losses.items():
+                ratio = math.log(max(loss, 1e-30) / max(found.curves[la][pair][0], 1e-30))
+                ratios.setdefault((la.role, pair), []).append(ratio)
+    return {
+        la.name: interpolate(la, step, _corrected(la, curve, ratios))
+        for m in measured
+        for la, curve in m.curves.items()
+    }
+
+
+def _pass(stage: tuple[Linear, ...], stats: Stats) -> None:
+    """Nothing to measure here."""
 
 
 def _curves(
@@ -153,7 +198,7 @@ def _curves(
     scale: Mapping[str, Tensor],
     stats: Stats,
     step: Step,
-    pairs: Sequence[tuple[float, int]],
+    pairs: Sequence[Pair],
 ) -> dict[Linear, Curve]:
     """Sweep the layers of one stage at all ``pairs`` and read their curves."""
     W = torch.cat([weights[layer.name] for layer in layers])
@@ -185,7 +230,7 @@ def _really(
     scale: Mapping[str, Tensor],
     stats: Stats,
     recipe: Recipe,
-    pair: tuple[float, int],
+    pair: Pair,
 ) -> dict[Linear, float]:
     """Losses of the layers as the recipe's own steps solve them."""
     sparsity, bits = pair
@@ -195,7 +240,7 @@ def _really(
     return {r.layer: float(r.solved.error @ scale[r.layer.name]) for r in results}
 
 
-def _corrected(layer: Linear, curve: Curve, ratios: Mapping[tuple[str, tuple[float, int]], Sequence[float]]) -> Curve:
+def _corrected(layer: Linear, curve: Curve, ratios: Mapping[tuple[str, Pair], Sequence[float]]) -> Curve:
     """The curve times the mean ratio of its role, which is interpolated over sparsity and constant beyond what was checked."""
     mean = {pair: sum(r) / len(r) for (role, pair), r in ratios.items() if role == layer.role}
     out: Curve = {}

@@ -12,6 +12,7 @@ measures between 90% and 100% of the limit.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -35,6 +36,7 @@ from .recipe import Recipe, Save
 from .stream import LayerResult
 from .target import parts
 from .trials import Budgets, chain_of, trial
+from .workdir import dump_json
 
 Tick = Callable[[str, int, int], None]
 Choice = dict[str, Option]
@@ -100,6 +102,15 @@ def size_budgets(
     dense_loss = _loss(model, dense, data.held_out, None)
 
     def attempt(choice: Choice, tilt: float, number: int) -> Trial:
+        path = folder / f"trial-{number}.json"
+        asked = {"tilt": tilt, "choice": {n: [o.sparsity, o.bits] for n, o in choice.items()}}
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if known.get("asked") != asked:
+            known = {"asked": asked, "found": tried(choice, number)}
+            dump_json(path, known)
+        return Trial(choice, tilt, _sum(choice), *known["found"])
+
+    def tried(choice: Choice, number: int) -> tuple[float, float, float]:
         outer = outer_as_saved(model, replace(save, embedding_bits=choice[EMBEDDING].bits), dtype)
         size = 0
 
@@ -114,7 +125,7 @@ def size_budgets(
         hidden = trial(model, chain, few, tick, f"trial {number}", outer, weigh)
         kl = mean_kl(model, dense, hidden, outer)
         loss = _loss(model, hidden, data.held_out, outer)
-        return Trial(choice, tilt, _sum(choice), kl, loss, size)
+        return kl, loss, float(size)
 
     trials: list[Trial] = []
     curves = {tilt: tilted(options, depth, tilt) for tilt in target.tilts}
