@@ -9,7 +9,9 @@ import torch
 from lissom.core import CalibrationError, RecipeError
 from lissom.evaluate import evaluate
 from lissom.export import open_model
+from lissom.methods.heal import Heal
 from lissom.pipeline import compress, plan
+from lissom.pipeline.healing import hardware
 from lissom.pipeline.recipe import read
 
 SMALL = ["calibration.samples=12", "calibration.length=48"]
@@ -216,3 +218,14 @@ def test_masks_grow_along_the_cubic_while_the_model_heals(trained, tmp_path):
         trained, tmp_path / "packed", grid, overrides=[*SMALL, "format=packed"]
     )  # loaded back and compared
     assert packed["sparsity"] >= 0.7 - 2e-3 and {r["pattern"] for r in packed["layers"]} == {"unstructured"}
+
+
+def test_a_gpu_is_taken_where_there_is_one_and_with_it_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert hardware(Heal()) == ("cuda", "bfloat16")
+    assert hardware(Heal(device="cpu")) == ("cpu", "float32")
+    assert hardware(Heal(precision="float32")) == ("cuda", "float32")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert hardware(Heal()) == ("cpu", "float32")
+    with pytest.raises(CalibrationError, match="no CUDA device"):
+        hardware(Heal(device="cuda"))

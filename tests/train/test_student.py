@@ -3,12 +3,15 @@
 import pytest
 import torch
 
-from lissom.core import CalibrationError, CheckpointError
+from lissom.core import CalibrationError, CheckpointError, Codes, Grid
 from lissom.export import open_model
 from lissom.methods.heal.legal import Legal
 from lissom.models import Model
 from lissom.train import (
     Batches,
+    Frozen,
+    Gated,
+    HardConcrete,
     Latent,
     LoRA,
     Network,
@@ -43,6 +46,42 @@ def _damaged(path, share=0.6):
             mask = W.abs() > W.abs().flatten().kthvalue(int(share * W.numel())).values
             student.forms[f"{layer.name}.weight"] = Latent(torch.where(mask, W, 0.0), Legal(mask, None))
     return student
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "bloom"])
+def test_a_moved_network_leaves_nothing_behind(kind, recompute, tmp_path, monkeypatch):
+    """On torch's `meta` device operations with a tensor of another device fail, as they would on a GPU."""
+    from tiny import tiny_model
+
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda t: 0)  # ids have no values there
+
+    tiny_model(kind, tmp_path)
+    network = _network(tmp_path, recompute=recompute)
+    first, second, third = (f"{la.name}.weight" for la in network.blocks[0].linears[-3:])
+    W = network.tensor(first)
+    codes = Codes.round(W, Grid(4, 8).fit_all(W), 4, 8)
+    network.forms = {
+        first: Latent(W.clone(), Legal(W > 0, codes)),
+        second: LoRA(network.tensor(second), 2, legal=Legal(network.tensor(second) > 0, None)),
+        third: Gated(Frozen(network.tensor(third)), gates := HardConcrete.start(3), torch.zeros(len(network.tensor(third))).long(), "rows"),
+    }  # fmt: skip
+    gates.sample(torch.Generator().manual_seed(0))
+    assert network.to("meta").device.type == "meta"
+    batch = torch.randint(2, 300, (2, 10), generator=torch.Generator().manual_seed(0))
+    out = network.forward(batch, hidden=True)
+    assert {t.device.type for t in [out.logits, *out.hidden, *network.leaves().values()]} == {"meta"}
+    out.logits.square().mean().backward()
+    assert all(t.grad is not None and t.grad.device.type == "meta" for t in network.leaves().values())
+
+
+def test_moving_keeps_weights_and_leaves(trained, ids):
+    student = _damaged(trained)
+    before = student.forward(ids[None, :20]).logits.detach()
+    leaves = student.leaves()
+    student.to("cpu")
+    assert all(a is b for a, b in zip(leaves.values(), student.leaves().values(), strict=True))
+    assert torch.equal(student.forward(ids[None, :20]).logits, before)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "bloom"])

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -107,17 +107,19 @@ def heal(
     student, before = _student(
         model, artefact, records, config, everything=_shrunk(dense, model) or not _solves(records)
     )
+    device, precision = hardware(config)
+    student.to(device)
     teacher = teacher_of(dense, step)
     if config.cache:
         loss = _cached_loss(teacher, student, batches, config, folder / "teacher")
     else:
         loss = loss_against(
-            student, Network(teacher), config.objective(), lambda *outputs: step.method.run(*outputs[:3], config)
+            student, Network(teacher).to(device), config.objective(), lambda *outputs: step.method.run(*outputs[:3], config)
         )
     settings = Training(
         steps=config.steps, minutes=config.minutes, accumulate=config.accumulate, learning_rate=config.learning_rate,
         warmup=config.warmup, rewind=config.rewind, ema=config.ema, patience=config.patience, evaluate_every=config.evaluate_every,
-        precision=config.precision, save_every=4 * config.evaluate_every,
+        precision=precision, save_every=4 * config.evaluate_every,
         keep_best=config.gradual is None,
     )  # fmt: skip
     grow = _gradual(student, records, config)
@@ -131,13 +133,24 @@ def heal(
         ),
         tick=lambda done, total, row: tick("heal", done, total) if tick else None,
     )  # fmt: skip
-    new = _write(student, artefact, records, before)
+    new = _write(student.to("cpu"), artefact, records, before)
     with torch.no_grad():
         hidden = student.model.embed(ids, outer=student.outer)
         for block in student.blocks:
             hidden = block.forward(hidden)
     history = [{k: None if v != v else v for k, v in row.items()} for row in state.history]
     return Healed(new, hidden, history)
+
+
+def hardware(config: Any) -> tuple[str, Literal["float32", "bfloat16"]]:
+    """The device and the precision that a step trains with. Raises :class:`CalibrationError` for a GPU that is not there."""
+    there = torch.cuda.is_available()
+    if config.device == "cuda" and not there:
+        raise CalibrationError("device: no CUDA device is to be seen; leave it at auto, which takes the processor")
+    device = ("cuda" if there else "cpu") if config.device == "auto" else config.device
+    if config.precision != "auto":
+        return device, config.precision
+    return device, "bfloat16" if device == "cuda" else "float32"
 
 
 def _cached_loss(
@@ -148,7 +161,7 @@ def _cached_loss(
         raise CalibrationError(
             f"cache must be less than the vocabulary of {dense.config.vocab_size}, not {config.cache}"
         )
-    cache_teacher(Network(dense), batches, range(config.steps), config.cache, folder)
+    cache_teacher(Network(dense).to(student.device), batches, range(config.steps), config.cache, folder)
     dense.release()
     return loss_against_cache(student, folder, config.objective())
 

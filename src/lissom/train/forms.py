@@ -24,6 +24,7 @@ class Form(Protocol):
     """What the training loop needs of a trained weight."""
 
     def leaves(self) -> dict[str, Tensor]: ...
+    def to(self, device: str | torch.device) -> None: ...
     def weight(self) -> Tensor: ...
     def final(self) -> Tensor: ...
 
@@ -46,6 +47,9 @@ class Latent:
 
     def leaves(self) -> dict[str, Tensor]:
         return {"value": self.value}
+
+    def to(self, device: str | torch.device) -> None:
+        self.value, self.legal = _moved(self.value, device), self.legal.to(device)
 
     def weight(self) -> Tensor:
         return self.legal.weight(self.value)
@@ -83,6 +87,10 @@ class LoRA:
     def leaves(self) -> dict[str, Tensor]:
         return {"A": self.A, "B": self.B}
 
+    def to(self, device: str | torch.device) -> None:
+        self.base, self.legal = self.base.to(device), self.legal.to(device)
+        self.A, self.B = _moved(self.A, device), _moved(self.B, device)
+
     def merged(self) -> Tensor:
         return self.base + (self.alpha / self.rank) * (self.B @ self.A)
 
@@ -117,9 +125,14 @@ class HardConcrete:
     def __post_init__(self) -> None:
         self.log_alpha.requires_grad_()
 
+    def to(self, device: str | torch.device) -> None:
+        self.log_alpha = _moved(self.log_alpha, device)
+        self.noise = None if self.noise is None else self.noise.to(device)
+
     def sample(self, generator: torch.Generator) -> None:
         """Draw the noise of the next steps; :meth:`settle` goes back to the deterministic gate."""
-        self.noise = torch.rand(self.log_alpha.shape, generator=generator).clamp(1e-6, 1 - 1e-6)
+        noise = torch.rand(self.log_alpha.shape, generator=generator, device=generator.device)
+        self.noise = noise.clamp(1e-6, 1 - 1e-6).to(self.log_alpha.device)
 
     def settle(self) -> None:
         self.noise = None
@@ -145,6 +158,9 @@ class Frozen:
     def leaves(self) -> dict[str, Tensor]:
         return {}
 
+    def to(self, device: str | torch.device) -> None:
+        self.value = self.value.to(device)
+
     def weight(self) -> Tensor:
         return self.value
 
@@ -168,6 +184,11 @@ class Gated:
     def leaves(self) -> dict[str, Tensor]:
         return {**self.inner.leaves(), self.label: self.gates.log_alpha}
 
+    def to(self, device: str | torch.device) -> None:
+        self.inner.to(device)
+        self.gates.to(device)
+        self.unit = self.unit.to(device)
+
     def _factor(self, like: Tensor) -> Tensor:
         z = self.gates.value()[self.unit]
         return z if self.side == "columns" or like.dim() == 1 else z[:, None]
@@ -180,6 +201,10 @@ class Gated:
     def final(self) -> Tensor:
         w = self.inner.final()
         return w * self._factor(w)
+
+
+def _moved(leaf: Tensor, device: str | torch.device) -> Tensor:
+    return leaf if leaf.device == torch.device(device) else leaf.detach().to(device).requires_grad_(leaf.requires_grad)
 
 
 def solved_of(form: Latent | LoRA, before: Solved) -> Solved:

@@ -46,7 +46,10 @@ def loss_against(
 @torch.no_grad()
 def held_out_loss(network: Network, windows: Tensor) -> float:
     """Mean next-token loss, nats, of ``windows`` (count, tokens), one at a time: log of the perplexity."""
-    return sum(float(losses.next_token(network.forward(row[None]).logits, row[None])) for row in windows) / len(windows)
+    total = 0.0
+    for row in windows.to(network.device):
+        total += float(losses.next_token(network.forward(row[None]).logits, row[None]))
+    return total / len(windows)
 
 
 @torch.no_grad()
@@ -64,7 +67,8 @@ def cache_teacher(teacher: Network, data: Batches, steps: range, k: int, folder:
         log_p = torch.log_softmax(teacher.forward(ids).logits, -1)
         best = log_p.topk(k, -1)
         temporary = path.with_suffix(".new")
-        save_file({"ids": ids, "indices": best.indices.int(), "log_probs": best.values.half()}, temporary)
+        found = {"ids": ids, "indices": best.indices.int(), "log_probs": best.values.half()}
+        save_file({k: v.cpu() for k, v in found.items()}, temporary)
         temporary.replace(path)
 
 

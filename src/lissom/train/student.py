@@ -42,11 +42,17 @@ class Network:
         model.release()
 
     def to(self, device: str | torch.device) -> Network:
-        """Move all loaded tensors to ``device``; forms stay where they are, so make them afterwards."""
+        """Move everything to ``device``, forms too: take ``leaves`` afterwards."""
         for block in self.blocks:
             block.parameters = {k: v.to(device) for k, v in block.parameters.items()}
         self.outer = {k: v.to(device) for k, v in self.outer.items()}
+        for form in self.forms.values():
+            form.to(device)
         return self
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.outer.values())).device
 
     def tensor(self, name: str) -> Tensor:
         """A tensor as it was loaded, whatever form stands for it."""
@@ -67,7 +73,11 @@ class Network:
         return out
 
     def forward(self, ids: Tensor, hidden: bool = False, qkv: bool = False) -> Output:
-        """Logits for ``ids`` (batch, tokens), and what else is asked for."""
+        """Logits for ``ids`` (batch, tokens) from anywhere, and what else is asked for, on the network's device."""
+        with self.device:
+            return self._forward(ids.to(self.device), hidden, qkv)
+
+    def _forward(self, ids: Tensor, hidden: bool, qkv: bool) -> Output:
         outer = {k: self.forms[k].weight() if k in self.forms else v for k, v in self.outer.items()}
         h = self.model.embed(ids, outer=outer)
         out = Output(h)

@@ -30,7 +30,9 @@ class Heal:
     ``hidden``, ``attention``, ``relations``: weights of matching hidden states (of ``layers``), attention maps and query, key
     and value relations. ``rewind``: the learning rate starts where its schedule is at this share, as in a training that is
     run again from there. ``gradual``: the share of zeros to which the masks grow meanwhile, by magnitude along a cubic, in
-    ``updates`` until the share ``rise`` of the training (layers with an N:M pattern keep theirs). ``tensorboard``: a folder for curves. ``teacher``: a checkpoint to learn from; empty: the model before compression."""
+    ``updates`` until the share ``rise`` of the training (layers with an N:M pattern keep theirs). ``tensorboard``: a folder for curves.
+    ``device`` ``auto``: a GPU where there is one, and then ``precision`` ``auto`` is bfloat16 (autocast; the weights stay
+    fp32). ``teacher``: a checkpoint to learn from; empty: the model before compression."""
 
     steps: int = 500
     minutes: float | None = None
@@ -63,7 +65,8 @@ class Heal:
     teacher: str = ""
     rank: int = 0
     norms: bool = True
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:

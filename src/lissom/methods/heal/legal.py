@@ -32,6 +32,12 @@ class Legal:
         """The layer's set; None where the stored form is no uniform grid, so that the weights must stay as they are."""
         return None if solved.stored is not None else cls(solved.mask, solved.codes)
 
+    def to(self, device: str | torch.device) -> Legal:
+        c, mask = self.codes, self.mask
+        if c is not None:
+            c = replace(c, values=c.values.to(device), scale=c.scale.to(device), zero=c.zero.to(device))
+        return Legal(None if mask is None else mask.to(device), c)
+
     def scale(self, stretch: Tensor) -> Tensor:
         """The scales (out, groups) times e^``stretch``, as half precision holds them."""
         assert self.codes is not None
