@@ -160,6 +160,31 @@ def render() -> str:
     return "\n".join(lines)
 
 
+PAGES = HERE.parent / "docs" / "methods"
+_LINK = "[table of every method](../../benchmarks/RESULTS.md#every-method)"
+
+
+def link_pages() -> None:
+    """The line "Measured" of method pages that have rows here and no table of their own."""
+    found = {(r["name"], r["column"]): r for r in map(json.loads, KEPT.read_text().splitlines()) if "failed" not in r}
+    stands_for = {a: f"{a} + sparsegpt" for a in ALLOCATIONS} | {m: f"wanda, {m}" for m in ("dsnot", "refit")}
+    for page in sorted(PAGES.glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        name = stands_for.get(page.stem, page.stem)
+        rival = "sparsegpt" if page.stem in ALLOCATIONS else "wanda"
+        mine = [c for c in sorted(COLUMNS, key=lambda c: (":" in c, len(c), c)) if (name, c) in found]
+        if mine:
+            pairs = [
+                f"{c} {found[name, c]['perplexity']:.4g}"
+                + (f" ({rival} {found[rival, c]['perplexity']:.4g})" if (rival, c) in found else "")
+                for c in mine
+            ]
+            row = "" if name == page.stem else f", row `{name}`"
+            line = f"**Measured.** In the {_LINK}{row}, perplexity: {'; '.join(pairs)}."
+            text = re.sub(r"\*\*Measured\.\*\* [^\n]*" + re.escape(_LINK) + r"[^\n]*", lambda _, line=line: line, text)
+            page.write_text(text, encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model", nargs="?", default="demo")
@@ -196,6 +221,7 @@ def main() -> None:
         block = f"<!-- methods -->\n{render()}\n<!-- /methods -->"
         text = page.read_text(encoding="utf-8")
         page.write_text(re.sub("<!-- methods -->.*<!-- /methods -->", lambda _: block, text, flags=re.S), "utf-8")
+        link_pages()
 
 
 if __name__ == "__main__":
