@@ -1,5 +1,7 @@
 """Units of weights and earlier zeros, in every place where a constraint selects: against naive loops."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -104,3 +106,44 @@ def test_white_statistics_are_those_of_the_identity():
     torch.testing.assert_close(white.hessian, seen.hessian, atol=0.05, rtol=0)
     torch.testing.assert_close(white.norm, seen.norm / n**0.5, atol=0.02, rtol=0)
     assert not white.mean.any() and bool((white.variance == 1).all())
+
+
+def test_worth_of_rows_by_hand():
+    score = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    assert Both(Sparse(0.5)).select(score).tolist() == [[False, False], [True, True]]
+    assert Both(Sparse(0.5), worth=torch.tensor([5.0, 1.0])).select(score).tolist() == [[True, True], [False, False]]
+    assert Both(NM(1, 2), worth=torch.tensor([5.0, 1.0])).select(score).tolist() == [[False, True], [False, True]]
+    within = torch.tensor([[False, True], [True, True]])
+    kept = Both(Sparse(0.5), within=within, worth=torch.tensor([5.0, 1.0])).select(score)
+    assert kept.tolist() == [[False, True], [False, True]]
+
+
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt", "isc", "alps"])
+@pytest.mark.parametrize("grid", [None, Grid(4, 8)])
+def test_rows_that_are_worth_more_keep_more_whatever_the_solver(name, grid):
+    """The worth of a row multiplies the scores of all its weights, so its place in a stack must not change a thing."""
+    worth = torch.ones(ROWS)
+    worth[3], worth[7] = 1e3, 1e-3
+    part = Both(Sparse(0.5), grid, worth=worth)
+    method = METHODS[name]
+    solved = method.run(random_problem(part), method.config())
+    kept = (solved.weight != 0).sum(1)
+    assert int(kept[7]) <= 2 < COLUMNS - 4 <= int(solved.mask[3].sum())
+    assert int(solved.mask.sum()) == ROWS * COLUMNS // 2
+    other = Both(Sparse(0.25), grid)
+    problem = random_problem(part)
+    both = replace(
+        problem,
+        weight=torch.cat([problem.weight, problem.weight]),
+        constraint=Stack(((ROWS, other), (ROWS, part))),
+    )
+    if name != "alps":  # its iterations stop by the whole stack
+        assert torch.equal(method.run(both, method.config()).mask[ROWS:], solved.mask)
+
+
+def test_activation_order_keeps_the_worth_of_rows():
+    worth = torch.ones(ROWS)
+    worth[3] = 1e3
+    problem = random_problem(Both(Sparse(0.5), worth=worth))
+    solved = sweep(problem, problem.factor(0.01, True))
+    assert int(solved.mask[3].sum()) >= COLUMNS - 4

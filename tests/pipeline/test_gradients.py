@@ -5,8 +5,12 @@ import torch
 
 from lissom.export import open_model
 from lissom.models import Model
-from lissom.pipeline import compress
-from lissom.pipeline.gradients import block_extras, gather
+from lissom.pipeline import compress, plan, read
+from lissom.pipeline.data import embed, load_calibration
+from lissom.pipeline.gradients import OUTPUT_POWER, block_extras, gather
+from lissom.pipeline.planning import make_plan
+from lissom.pipeline.stream import solve_stage, stream_block
+from lissom.pipeline.trials import chain_of
 from tiny import tiny_model
 
 
@@ -50,3 +54,58 @@ def test_methods_that_need_gradients_run_from_a_recipe(method, tmp_path):
     made = compress(tmp_path / "model", tmp_path / "out", [{"use": method, "sparsity": 0.5}], overrides=overrides)
     assert made["sparsity"] == pytest.approx(0.5, abs=0.02)
     assert not list((tmp_path / "out").glob("gradients-*"))
+
+
+def test_rows_are_compared_by_what_the_loss_makes_of_their_outputs(trained, tmp_path):
+    """The weighted error – the second order of the KL – falls, the plain one rises, and every layer keeps its budget."""
+    overrides = ["calibration.samples=8", "calibration.length=48", "sparsity=0.7"]
+    model = Model(open_model(trained))
+    ids = load_calibration(model.checkpoint.tokenizer(), read("sparsegpt", overrides).calibration, 512).ids
+    gather(model, ids, tmp_path, [OUTPUT_POWER])
+    totals, zeros = {}, {}
+    for exponent in (0, 1):
+        chain = chain_of(make_plan(model, read("sparsegpt", [*overrides, f"row_fisher={exponent}"])), {})
+        plain = weighted = 0.0
+        for i in range(model.blocks):
+            block, extras = model.load_block(i), block_extras(tmp_path, i)
+
+            def solve(stage, stats, block=block, extras=extras, exponent=exponent, chain=chain):
+                nonlocal plain, weighted
+                for r in solve_stage(stage, {la.name: block.weight(la.name) for la in stage}, stats, chain, extras):
+                    power = extras[r.layer.name][OUTPUT_POWER]
+                    plain += float(r.solved.error.sum())
+                    weighted += float(r.solved.error @ (power / power.mean()))
+                    zeros[exponent, r.layer.name] = int((r.solved.weight == 0).sum())
+
+            stream_block(block, embed(model, ids), solve)  # every block on the embeddings: nothing else may differ
+        totals[exponent] = plain, weighted
+    assert totals[1][1] < 0.97 * totals[0][1] and totals[1][0] > totals[0][0]
+    assert all(zeros[0, n] == zeros[1, n] for _, n in zeros)
+
+
+def test_row_fisher_through_a_whole_run(trained, tmp_path):
+    overrides = ["calibration.samples=8", "calibration.length=48", "sparsity=0.7"]
+    masks = {}
+    for exponent in (0.0, 0.5):
+        made = compress(
+            trained, tmp_path / str(exponent), "sparsegpt", overrides=[*overrides, f"row_fisher={exponent}"]
+        )
+        assert made["sparsity"] == pytest.approx(0.7, abs=0.01)
+        masks[exponent] = (
+            Model(open_model(tmp_path / str(exponent))).load_block(1).weight("model.layers.1.mlp.up_proj") != 0
+        )
+    assert not torch.equal(*masks.values())
+    spread = [float(m.sum(1).float().std()) for m in masks.values()]
+    assert spread[1] > spread[0]
+
+
+def test_a_model_without_a_head_has_no_loss_and_rows_count_alike(tmp_path):
+    tiny_model("bert", tmp_path / "model")
+    overrides = ["calibration.samples=4", "calibration.length=16", "sparsity=0.5"]
+    compress(tmp_path / "model", tmp_path / "plain", "sparsegpt", overrides=overrides)
+    compress(tmp_path / "model", tmp_path / "out", "sparsegpt", overrides=[*overrides, "row_fisher=1"])
+    files = [sorted((tmp_path / n).glob("*.safetensors")) for n in ("plain", "out")]
+    assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]
+    assert any(
+        "no head" in w for w in plan(tmp_path / "model", "sparsegpt", overrides=[*overrides, "row_fisher=1"]).warnings
+    )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import lcm
 from typing import Literal, Protocol, runtime_checkable
 
@@ -203,14 +203,18 @@ class Both:
     """A pattern of zeros and a grid of levels; either may be None (dense, or full precision).
 
     ``within``: (out, in) bool, weights that may be kept; the others are zeros of an earlier shot, and go first.
+    ``worth``: (out,) positive, what the scores of a row count beside those of other rows.
     """
 
     pattern: Sparse | NM | Fixed | None = None
     grid: Grid | None = None
     within: Tensor | None = None
+    worth: Tensor | None = None
 
     def select(self, score: Tensor, at: int = 0) -> Tensor:
         """Keep-mask for the columns that start at column ``at``."""
+        if self.worth is not None:
+            score = score * self.worth[:, None]
         if self.within is None:
             keep = torch.ones_like(score, dtype=torch.bool)
             return keep if self.pattern is None else self.pattern.select(score, at)
@@ -301,7 +305,7 @@ class Stack:
 
         def turned(part: Both) -> Both:
             pattern = Fixed(part.pattern.mask[:, order]) if isinstance(part.pattern, Fixed) else part.pattern
-            return Both(pattern, part.grid, None if part.within is None else part.within[:, order])
+            return replace(part, pattern=pattern, within=None if part.within is None else part.within[:, order])
 
         return Stack(tuple((rows, turned(part)) for rows, part in self.parts))
 

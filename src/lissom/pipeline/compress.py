@@ -169,7 +169,7 @@ def _compress(
     stages["shots"] = time.perf_counter() - clock
 
     clock = time.perf_counter()
-    extras = gradients.for_steps(model, data.ids, work, [step.name for step in checked.steps], tick)
+    extras = gradients.for_steps(model, data.ids, work, checked.steps, tick)
     stages["gradients"] = time.perf_counter() - clock
 
     clock = time.perf_counter()

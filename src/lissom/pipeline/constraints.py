@@ -21,7 +21,8 @@ class ConstraintSettings:
     each layer by the allocation); ``per`` "layer", "row" or "global" (one threshold over all layers);
     ``unit`` of weights that go together: "element", "row", "column", or a block such as "4x1" (rows x inputs);
     ``shots``: passes over the model in which the sparsity is reached, by ``schedule`` linear|cubic, statistics and scores taken anew
-    in each; ``bits`` 2–8, 16 = not quantized; ``group_size`` inputs per scale, 0 = one scale per output row;
+    in each; ``row_fisher``: the exponent to which rows' scores are multiplied by the power E[g²] of the loss's gradient at their
+    output, over the layer's mean; 0 compares rows by their own error; ``bits`` 2–8, 16 = not quantized; ``group_size`` inputs per scale, 0 = one scale per output row;
     ``symmetric``; ``range`` minmax|mse; ``only``/``ignore``: regular expressions on layer names or roles.
     """
 
@@ -31,6 +32,7 @@ class ConstraintSettings:
     unit: str = "element"
     shots: int = 1
     schedule: Literal["linear", "cubic"] = "linear"
+    row_fisher: float = 0.0
     bits: int = 16
     group_size: int = 128
     symmetric: bool = False
@@ -85,6 +87,13 @@ def pruning_problems(step: Step, allocation: Step | None, before: Sequence[Step]
             yield f"{step.name} removes one weight at a time; use unit=element or another method"
     if allocation is not None and "score" in allocation.method.needs and method.score is None:
         yield f"{step.name} chooses by no score that layers could be compared by; leave out per: global ({allocation.name})"
+    if c.row_fisher < 0:
+        yield f"row_fisher must be at least 0, not {c.row_fisher:g}"
+    elif c.row_fisher and (c.nm or c.free_m or c.per == "row"):
+        kept = c.pattern if c.nm or c.free_m else "per row"
+        yield f"row_fisher compares rows, and {kept} keeps as much in each of them; leave out row_fisher" + (
+            "" if c.nm or c.free_m else ", or set per=layer"
+        )
     if c.shots < 1:
         yield f"shots must be 1 or more, not {c.shots}"
     if c.shots > 1 and "factors" in method.makes:
@@ -98,7 +107,8 @@ def textless_problems(recipe: Recipe) -> Iterator[str]:
     able = {"solver", "allocation", "permutation", "rotation", "operator"}
     for step in recipe.steps:
         static = step.method.kind == "operator" and getattr(step.config, "static", False)
-        if step.method.kind not in able or static or not step.method.needs <= {"gram", "inputs", "entropy", "score"}:
+        learns = not step.method.needs <= {"gram", "inputs", "entropy", "score"} or step.constraint.row_fisher
+        if step.method.kind not in able or static or learns:
             yield (
                 f"calibration: {step.name} learns from text, and data is none; give text, or leave the step out "
                 "(statistics of inputs can be taken as white, losses and gradients cannot)"

@@ -166,7 +166,7 @@ def layer_options(
                 if layers:
                     found.curves |= _curves(layers, weights, scale, stats, step, pairs)
                     for pair in checked if block.number in own else ():
-                        for la, loss in _really(layers, weights, scale, stats, recipe, pair).items():
+                        for la, loss in _really(layers, weights, scale, stats, recipe, pair, power).items():
                             found.own.setdefault(la, {})[pair] = loss
 
             hidden = stream_block(block, hidden, visit if known is None else _pass, watch=None if known is None else 0)
@@ -231,12 +231,13 @@ def _really(
     stats: Stats,
     recipe: Recipe,
     pair: Pair,
+    extras: Mapping[str, Mapping[str, Tensor]],
 ) -> dict[Linear, float]:
     """Losses of the layers as the recipe's own steps solve them."""
     sparsity, bits = pair
     budgets = budgets_of({la.name: Option(0.0, 0.0, sparsity, bits) for la in layers}, parts(recipe.steps))
     steps = [(s, budgets.get(i)) for i, s in enumerate(recipe.steps) if s.method.kind == "solver"]
-    results = solve_stage(layers, weights, stats, steps)
+    results = solve_stage(layers, weights, stats, steps, extras)
     return {r.layer: float(r.solved.error @ scale[r.layer.name]) for r in results}
 
 

@@ -275,6 +275,10 @@ class _Shrunk:
     def leaves(self) -> dict[str, Tensor]:
         return self.inner.leaves()
 
+    def to(self, device: str | torch.device) -> None:
+        self.inner.to(device)
+        self.cuts = [(side, index.to(device), z.to(device)) for side, index, z in self.cuts]
+
     def _applied(self, w: Tensor) -> Tensor:
         for side, index, z in self.cuts:
             scale = torch.ones(w.shape[0] if side == "rows" else w.shape[1])

@@ -11,7 +11,7 @@ L is the mean next-token loss of one sample; all statistics run over samples.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..core import RecipeError
 from ..models import Block, Model
+from .recipe import Step
 
 Tick = Callable[[str, int, int], None]
 # method → what it reads from ``Problem.extras``
@@ -30,19 +31,33 @@ WANTED = {
     "llm-surgeon": ("output_gram",),
 }
 OUTPUT_POWER = "output_power"  # (out,), E[g²] of the gradients g at the outputs: the diagonal of "output_gram"
+_POWER_TOKENS = 4096  # for a mean over tokens
 _TOKENS = 256  # of the head's logits at a time
 
 
-def wanted_extras(names: Collection[str]) -> list[str]:
-    """The extras that these methods read."""
-    return sorted({extra for name in names for extra in WANTED.get(name, ())})
+def wanted_extras(steps: Sequence[Step]) -> list[str]:
+    """The extras that these steps read."""
+    read = {extra for step in steps for extra in WANTED.get(step.name, ())}
+    return sorted(read | ({OUTPUT_POWER} if any(step.constraint.row_fisher for step in steps) else set()))
+
+
+def gradient_tokens(steps: Sequence[Step], tokens: int) -> int:
+    """How many of the calibration ``tokens`` the gradients of these steps are taken on."""
+    extras = wanted_extras(steps)
+    return min(tokens, _POWER_TOKENS) if extras == [OUTPUT_POWER] else tokens if extras else 0
 
 
 def for_steps(
-    model: Model, ids: Tensor, folder: Path, names: Collection[str], tick: Tick | None = None
+    model: Model, ids: Tensor, folder: Path, steps: Sequence[Step], tick: Tick | None = None
 ) -> Callable[[int], dict[str, dict[str, Tensor]]]:
-    """What the methods read of each block, by its number, gathered into ``folder`` where they read anything."""
-    extras = wanted_extras(names)
+    """What the steps read of each block, by its number, gathered into ``folder`` where they read anything.
+
+    The power of outputs is a mean over tokens: a few samples are enough where nothing else is read. Without a head there is
+    no loss, and rows count alike.
+    """
+    extras = wanted_extras(steps)
+    if extras == [OUTPUT_POWER]:
+        ids, extras = ids[: max(1, _POWER_TOKENS // ids.shape[1])], extras if model.has_head else []
     if extras:
         gather(model, ids, folder, extras, tick)
     return lambda i: block_extras(folder, i)

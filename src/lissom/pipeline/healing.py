@@ -114,7 +114,10 @@ def heal(
         loss = _cached_loss(teacher, student, batches, config, folder / "teacher")
     else:
         loss = loss_against(
-            student, Network(teacher).to(device), config.objective(), lambda *outputs: step.method.run(*outputs[:3], config)
+            student,
+            Network(teacher).to(device),
+            config.objective(),
+            lambda *outputs: step.method.run(*outputs[:3], config),
         )
     settings = Training(
         steps=config.steps, minutes=config.minutes, accumulate=config.accumulate, learning_rate=config.learning_rate,

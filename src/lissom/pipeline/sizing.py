@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ..evaluate import token_losses
 from ..export import Layout, codec_named
 from ..methods.allocate.spend import Option, hull, plan_size, reach
 from ..models import Linear, Model
+from . import gradients
 from .artefact import artefact_dtype
 from .curves import EMBEDDING, Options, budgets_of, embedding_options, layer_options, mean_kl, outer_as_saved, tilted
 from .data import CalibrationSet
@@ -122,7 +124,8 @@ def size_budgets(
             )
 
         chain = chain_of(plan, _budgets(choice, places))
-        hidden = trial(model, chain, few, tick, f"trial {number}", outer, weigh)
+        extras = partial(gradients.block_extras, folder)
+        hidden = trial(model, chain, few, tick, f"trial {number}", outer, weigh, extras)
         kl = mean_kl(model, dense, hidden, outer)
         loss = _loss(model, hidden, data.held_out, outer)
         return kl, loss, float(size)

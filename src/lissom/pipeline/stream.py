@@ -41,6 +41,7 @@ from ..core import (
 )
 from ..kernels.columns import column_loop
 from ..models import Block, Linear, Model, Run
+from .gradients import OUTPUT_POWER
 from .layers import constraint_for, wanted
 from .recipe import Step
 
@@ -57,6 +58,7 @@ def give_back() -> None:
         _trim(0)
 
 
+_LEAST_POWER = 1e-6  # of a row, beside the mean
 _SAMPLE = 1 << 18  # inputs of a stage that a calibrator of ranges looks at
 Visit = Callable[[tuple[Linear, ...], Stats], None]
 Extras = Callable[[int], Mapping[str, Mapping[str, Tensor]]]  # of a block, by number: layer → extra → tensor
@@ -260,6 +262,12 @@ def _solve_stack(
         parts = [(layer.rows, constraint_for(layer, step.constraint, budget)) for layer in layers]
         if step.constraint.shots > 1:  # zeros of an earlier shot stay
             parts = [(n, replace(p, within=weights[la.name] != 0)) for la, (n, p) in zip(layers, parts, strict=True)]
+        power = extras.get(layers[0].name, {}).get(OUTPUT_POWER) if step.constraint.row_fisher else None
+        if power is not None:
+            parts = [
+                (n, replace(p, worth=_worth(extras[la.name][OUTPUT_POWER], step.constraint.row_fisher)))
+                for la, (n, p) in zip(layers, parts, strict=True)
+            ]
         if solved is not None:
             parts = _inherit(parts, problem, solved, step)
         constraint = Stack(tuple(parts))
@@ -288,8 +296,15 @@ def stacked_extras(layers: list[Linear], extras: Mapping[str, Mapping[str, Tenso
     out: dict[str, Tensor] = {}
     for key in mine[0]:
         parts = [m[key] for m in mine]
-        out[key] = torch.block_diag(*parts) if key == "output_gram" else torch.cat(parts, dim=-2)
+        out[key] = torch.block_diag(*parts) if key == "output_gram" else torch.cat(parts, dim=-min(2, parts[0].dim()))
     return out
+
+
+def _worth(power: Tensor | None, exponent: float) -> Tensor | None:
+    """What the scores of rows count: (E[g²] over its mean)^exponent."""
+    if power is None or not exponent:
+        return None
+    return (power / power.mean().clamp_min(1e-30)).clamp_min(_LEAST_POWER) ** exponent
 
 
 def _pattern(pattern: Pattern | None, before: str) -> str:
@@ -308,7 +323,7 @@ def _inherit(parts: list[tuple[int, Both]], problem: Problem, solved: Solved, st
         pattern, within = part.pattern, before.within if part.within is None else part.within
         if not step.constraint.prunes and solved.mask is not None:
             pattern = Fixed(solved.mask[place])
-        out.append((rows, Both(pattern, part.grid or before.grid, within)))
+        out.append((rows, Both(pattern, part.grid or before.grid, within, part.worth)))
     return out
 
 
