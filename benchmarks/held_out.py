@@ -29,6 +29,7 @@ from lissom.models import Model
 from lissom.pipeline import read
 from lissom.pipeline.allocate import budgets_for
 from lissom.pipeline.data import load_calibration
+from lissom.pipeline.gradients import for_steps
 from lissom.pipeline.planning import make_plan
 from lissom.pipeline.shots import earlier_shots
 from lissom.pipeline.structured import smaller_model
@@ -82,6 +83,9 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "70% alps": [alps(sparsity=0.7)],
     "70% clusters, alps": BEST,
     "70% clusters, alps, dsnot, refit": [*BEST, REPAIR, REFIT],
+    **{f"70% sparsegpt, rows by Fisher^{e}": [PRUNED | {"row_fisher": e}] for e in (0.5, 1)},
+    **{f"70% alps, rows by Fisher^{e}": [alps(sparsity=0.7, row_fisher=e)] for e in (0.5, 1)},
+    **{f"70% clusters, alps, rows by Fisher^{e}": [CLUSTERS, alps(sparsity=0.7, row_fisher=e)] for e in (0.5, 1)},
     "70% clusters, alps in two passes": [CLUSTERS, alps(sparsity=0.7, shots=2)],
 }
 # name → samples, their length, and the texts that take turns; all with BEST
@@ -142,8 +146,9 @@ def measure(source: str, steps: list[dict[str, Any]], text: tuple[int, int, tupl
         model, _ = smaller_model(model, recipe, data, Path(folder), torch.float32)
         plan = make_plan(model, recipe)
         model, floors = earlier_shots(model, plan, data, Path(folder) / "shots")
-        budgets, _ = budgets_for(model, plan, data, floors=floors)
-        loss = trial_loss(model, plan, budgets, data)
+        extras = for_steps(model, data.ids, Path(folder), recipe.steps)
+        budgets, _ = budgets_for(model, plan, data, extras=extras, floors=floors)
+        loss = trial_loss(model, plan, budgets, data, extras=extras)
     return {"perplexity": math.exp(loss), "cpu_seconds": round(time.process_time() - started, 1)}
 
 
