@@ -30,6 +30,7 @@ WANTED = {
     "obs": ("samples",),
     "llm-surgeon": ("output_gram",),
 }
+_OF_WEIGHTS = {"gradient", "gradient_l1", "fisher", "samples"}
 OUTPUT_POWER = "output_power"  # (out,), E[g²] of the gradients g at the outputs: the diagonal of "output_gram"
 _POWER_TOKENS = 4096  # for a mean over tokens
 _TOKENS = 256  # of the head's logits at a time
@@ -137,7 +138,8 @@ def _backward(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """∂L/∂h before the block, and the extras of its layers under ``name|extra``."""
     names = [layer.name for layer in block.linears]
-    weights = [block.weight(name).requires_grad_() for name in names]
+    differentiated = names if _OF_WEIGHTS & set(extras) else []  # outputs alone cost a third less
+    weights = [block.weight(name).requires_grad_() for name in differentiated]
     kept: dict[str, Tensor] = {}
     grams = {layer.name: torch.zeros(layer.rows, layer.rows) for layer in block.linears if "output_gram" in extras}
     powers = {layer.name: torch.zeros(layer.rows) for layer in block.linears}
@@ -167,7 +169,7 @@ def _backward(
                 absolute += g.abs()
             if "samples" in extras:
                 single.append(g)
-    for i, name in enumerate(names):
+    for i, name in enumerate(differentiated):
         if "gradient" in extras:
             kept[f"{name}|gradient"] = squares[i].sqrt()
         total = sums[i]
@@ -177,6 +179,7 @@ def _backward(
             kept[f"{name}|fisher"] = squares[i] / len(inputs)
         if "samples" in extras:
             kept[f"{name}|samples"] = torch.stack(samples[i])
+    for name in names:
         if OUTPUT_POWER in extras:
             kept[f"{name}|{OUTPUT_POWER}"] = powers[name] / (len(inputs) * inputs.shape[1])
         if "output_gram" in extras:
