@@ -52,6 +52,8 @@ SOLVERS: dict[str, list[dict[str, Any]]] = {
     "wanda, dsnot, refit": [{"use": "wanda"}, {"use": "dsnot"}, {"use": "refit"}],
     "sparsegpt, refit": [{"use": "sparsegpt"}, {"use": "refit"}],
     "alps": [{"use": "alps"}],
+    "sparsegpt, rows by Fisher": [{"use": "sparsegpt", "row_fisher": 0.5}],
+    "alps, rows by Fisher": [{"use": "alps", "row_fisher": 0.5}],
     "oats": [{"use": "oats"}],
 }
 SEARCH = {"use": "predictor-search", "plans": 12, "rounds": 1, "verify": 2, "trial_samples": 2, "trial_windows": 2}
@@ -89,11 +91,18 @@ def steps_of(name: str, column: str) -> list[dict[str, Any]] | None:
         elif not unstructured:
             return None
     head, *rest = SOLVERS[solver]
+    if not unstructured and "row_fisher" in head:
+        return None
     return [*([allocation] if allocation else []), head | spend, *rest]
 
 
 def rows() -> list[tuple[str, str]]:
-    names = [*SOLVERS, *(f"{a} + sparsegpt" for a in ALLOCATIONS), "loss-clusters + alps"]
+    names = [
+        *SOLVERS,
+        *(f"{a} + sparsegpt" for a in ALLOCATIONS),
+        "loss-clusters + alps",
+        "loss-clusters + alps, rows by Fisher",
+    ]
     names += [f"permuted + {s}" for s in PERMUTED]
     names.sort(key=lambda name: name not in FIRST)
     return [(name, column) for column in COLUMNS for name in names if steps_of(name, column)]
