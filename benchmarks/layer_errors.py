@@ -1,11 +1,12 @@
 """Layer errors on real inputs: exact greedy removal beside its approximations, and what N of 16 costs beside unstructured zeros.
 
-    .venv/bin/python benchmarks/layer_errors.py [--blocks 2 14] [--table exact|groups]
+    .venv/bin/python benchmarks/layer_errors.py [--blocks 2 14] [--table exact|groups|factors]
 
 The demo model, dense inputs, 8 × 512 tokens of WikiText-2 valid, seed 0. Prints tables of Markdown.
 `exact`: l-obs, which would take hours on the whole model, on the first 64 rows of `k` (576 inputs); error with SparseGPT = 1, CPU seconds.
 `groups`: ALPS at 75%; error with unstructured zeros over the layer = 1. Orders of the inputs are free for `o` within a head and for
 `down`; for the others, which read the residual stream, the column shows what an order of their own would give.
+`factors`: OATS with its parameters shared between zeros and factors; error with zeros alone (Wanda's, by row) = 1.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 from lissom.core import NM, Pattern, Problem, Sparse, Stats
 from lissom.export import open_model
 from lissom.methods import METHODS
+from lissom.methods.prune.oats import OATS, oats
 from lissom.methods.prune.permute import assign
 from lissom.methods.prune.ria import ria_score
 from lissom.models import Linear, Model
@@ -98,13 +100,26 @@ def groups(found: dict[tuple[int, str], tuple[Tensor, Stats]]) -> None:
         print(f"| {i} | {role} | {' | '.join(f'{e / base:.2f}' for e in tried)} |", flush=True)
 
 
+def factors(found: dict[tuple[int, str], tuple[Tensor, Stats]]) -> None:
+    shares, sparsities = (0.1, 0.25), (0.5, 0.7)
+    print(f"| block | layer | {' | '.join(f'{s:.0%}, κ {k}' for s in sparsities for k in shares)} |")
+    print("|---|---|---|---|---|---|")
+    for (i, role), (weight, stats) in found.items():
+        cells = []
+        for s in sparsities:
+            problem = Problem.of(weight, stats, Sparse(s, "row"))
+            zeros = float(oats(problem, OATS(rank_share=0)).error.sum())
+            cells += [f"{float(oats(problem, OATS(rank_share=k)).error.sum()) / zeros:.2f}" for k in shares]
+        print(f"| {i} | {role} | {' | '.join(cells)} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--blocks", type=int, nargs="+", default=[2, 14])
-    parser.add_argument("--table", choices=("exact", "groups"))
+    parser.add_argument("--table", choices=("exact", "groups", "factors"))
     options = parser.parse_args()
     found = layers(options.blocks)
-    for table in (exact, groups):
+    for table in (exact, groups, factors):
         if options.table in (None, table.__name__):
             table(found)
 
