@@ -29,7 +29,7 @@ from lissom.models import Model
 from lissom.pipeline import read
 from lissom.pipeline.allocate import budgets_for
 from lissom.pipeline.data import load_calibration
-from lissom.pipeline.gradients import for_steps
+from lissom.pipeline.gradients import for_recipe
 from lissom.pipeline.planning import make_plan
 from lissom.pipeline.shots import earlier_shots
 from lissom.pipeline.structured import smaller_model
@@ -146,7 +146,7 @@ def measure(source: str, steps: list[dict[str, Any]], text: tuple[int, int, tupl
         model, _ = smaller_model(model, recipe, data, Path(folder), torch.float32)
         plan = make_plan(model, recipe)
         model, floors = earlier_shots(model, plan, data, Path(folder) / "shots")
-        extras = for_steps(model, data.ids, Path(folder), recipe.steps)
+        extras = for_recipe(model, data.ids, Path(folder), recipe)
         budgets, _ = budgets_for(model, plan, data, extras=extras, floors=floors)
         loss = trial_loss(model, plan, budgets, data, extras=extras)
     return {"perplexity": math.exp(loss), "cpu_seconds": round(time.process_time() - started, 1)}

@@ -188,3 +188,19 @@ def test_exact_counts_of_many_entries(n, p, kind, seed):
     assert int(keep.count_nonzero()) == n - drop
     if 0 < drop:
         assert score[keep].min() >= score[~keep].max()
+
+
+@pytest.mark.parametrize("gram", [True, False])
+def test_weighted_tokens_count_in_every_sum(gram):
+    g = torch.Generator().manual_seed(0)
+    X, w = torch.randn(50, 6, generator=g, dtype=torch.float64), torch.rand(50, generator=g, dtype=torch.float64)
+    tally = Tally(6, gram, torch.float64)
+    tally.add(X[:20].view(4, 5, 6), w[:20])
+    tally.add(X[20:], w[20:])
+    stats = tally.stats()
+    torch.testing.assert_close(stats.sum, sum(wi * x for wi, x in zip(w, X, strict=True)))
+    torch.testing.assert_close(stats.sumsq, sum(wi * x * x for wi, x in zip(w, X, strict=True)))
+    torch.testing.assert_close(stats.absmax, X.abs().amax(0))
+    assert stats.count == 50
+    if gram:
+        torch.testing.assert_close(stats.gram, sum(wi * torch.outer(x, x) for wi, x in zip(w, X, strict=True)))

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from lissom.core import RecipeError
 from lissom.export import open_model
 from lissom.models import Model
 from lissom.pipeline import compress, plan, read
 from lissom.pipeline.data import embed, load_calibration
-from lissom.pipeline.gradients import OUTPUT_POWER, block_extras, gather
+from lissom.pipeline.gradients import OUTPUT_POWER, TOKEN_WEIGHT, block_extras, gather
 from lissom.pipeline.planning import make_plan
 from lissom.pipeline.stream import solve_stage, stream_block
 from lissom.pipeline.trials import chain_of
@@ -19,7 +20,8 @@ def test_streamed_gradients_equal_the_whole_models(kind, tmp_path):
     theirs = tiny_model(kind, tmp_path / "model")
     model = Model(open_model(tmp_path / "model"))
     ids = torch.randint(0, 300, (3, 12), generator=torch.Generator().manual_seed(0))
-    gather(model, ids, tmp_path, ["gradient", "gradient_l1", "fisher", "samples", "output_gram"])
+    wanted = ["gradient", "gradient_l1", "fisher", "samples", "output_gram", TOKEN_WEIGHT]
+    gather(model, ids, tmp_path, wanted, exponent=0.5)
     modules, samples, outputs = dict(theirs.named_modules()), {}, {}
     for name, module in modules.items():
         if isinstance(module, torch.nn.Linear):
@@ -42,6 +44,8 @@ def test_streamed_gradients_equal_the_whole_models(kind, tmp_path):
             assert torch.allclose(extras["gradient_l1"], g.abs().sum(0), atol=1e-5, rtol=1e-3)
             assert torch.allclose(extras["fisher"], g.square().mean(0), atol=1e-6, rtol=1e-3)
             assert torch.allclose(extras["output_gram"], o.T @ o / len(o), atol=1e-6, rtol=1e-3)
+            norms = o.norm(dim=1)  # (g · g)^½
+            assert torch.allclose(extras[TOKEN_WEIGHT], norms / norms.mean(), atol=1e-5, rtol=1e-3)
             seen += 1
     assert seen == sum(len(model.linears(i)) for i in range(model.blocks))
     assert not list(tmp_path.glob("inputs-*"))
@@ -99,13 +103,54 @@ def test_row_fisher_through_a_whole_run(trained, tmp_path):
     assert spread[1] > spread[0]
 
 
+def test_statistics_weigh_tokens_batch_by_batch_and_stage_by_stage(trained):
+    """Against products made by hand from what each stage reads; the held-out batch behind the others is not counted."""
+    model = Model(open_model(trained))
+    ids = torch.randint(0, 512, (5, 16), generator=torch.Generator().manual_seed(0))
+    batches = [model.embed(part) for part in ids.split(2)]
+    block = model.load_block(0)
+    w = {la.name: torch.rand(64, generator=torch.Generator().manual_seed(n)) for n, la in enumerate(block.linears)}
+    extras = {n: {TOKEN_WEIGHT: v} for n, v in w.items()}
+    found, read_by_hand = [], []
+
+    def visit(stage, stats):
+        found.append((stage, stats))
+
+    plain = [block.start(h) for h in batches[:2]]
+    for number in range(len(block.stages)):
+        if number:
+            for run in plain:
+                run.advance()
+        read_by_hand.append(torch.cat([run.input().flatten(0, -2) for run in plain]))
+    stream_block(block, list(batches), visit, watch=2, extras=extras)
+    for (stage, stats), X in zip(found, read_by_hand, strict=True):
+        ours = sum(la.rows * w[la.name] for la in stage) / sum(la.rows for la in stage)
+        torch.testing.assert_close(stats.gram, X.T @ (X * ours[:, None]), rtol=1e-4, atol=1e-4)
+        assert stats.count == 64
+
+
+def test_token_fisher_through_a_whole_run(trained, tmp_path):
+    overrides = ["calibration.samples=8", "calibration.length=48", "sparsity=0.7"]
+    weights = {}
+    for exponent in (0.0, 0.5):
+        out = tmp_path / str(exponent)
+        compress(trained, out, "loss-clusters", overrides=[*overrides, f"token_fisher={exponent}", "bits=16"])
+        weights[exponent] = Model(open_model(out)).load_block(1).weight("model.layers.1.mlp.up_proj")
+    assert not torch.equal(*weights.values())
+    with pytest.raises(RecipeError, match="token_fisher"):
+        plan(trained, "sparsegpt", overrides=["token_fisher=0.5", "calibration.data=none"])
+    with pytest.raises(RecipeError, match="token_fisher"):
+        plan(trained, "sparsegpt", overrides=["token_fisher=-1"])
+
+
 def test_a_model_without_a_head_has_no_loss_and_rows_count_alike(tmp_path):
     tiny_model("bert", tmp_path / "model")
     overrides = ["calibration.samples=4", "calibration.length=16", "sparsity=0.5"]
     compress(tmp_path / "model", tmp_path / "plain", "sparsegpt", overrides=overrides)
-    compress(tmp_path / "model", tmp_path / "out", "sparsegpt", overrides=[*overrides, "row_fisher=1"])
+    compress(
+        tmp_path / "model", tmp_path / "out", "sparsegpt", overrides=[*overrides, "row_fisher=1", "token_fisher=1"]
+    )
     files = [sorted((tmp_path / n).glob("*.safetensors")) for n in ("plain", "out")]
     assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]
-    assert any(
-        "no head" in w for w in plan(tmp_path / "model", "sparsegpt", overrides=[*overrides, "row_fisher=1"]).warnings
-    )
+    told = plan(tmp_path / "model", "sparsegpt", overrides=[*overrides, "row_fisher=1", "token_fisher=1"]).warnings
+    assert sum("no head" in w for w in told) == 2

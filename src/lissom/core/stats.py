@@ -116,11 +116,14 @@ class Tally:
     def __init__(self, width: int, gram: bool = True, dtype: torch.dtype = torch.float32):
         self._sums = Stats.empty(width, gram, dtype)
 
-    def add(self, X: Tensor) -> None:
-        """Count the tokens of ``X: (…, in)``."""
+    def add(self, X: Tensor, weights: Tensor | None = None) -> None:
+        """Count the tokens of ``X: (…, in)``; ``weights`` (tokens,), of mean 1 over all that is counted, in every sum of them."""
         s = self._sums
         X = X.reshape(-1, X.shape[-1]).to(s.sum.dtype)
         if not len(X):
+            return
+        if weights is not None:
+            self._weigh(X, weights.to(X.dtype))
             return
         s.sum.add_(X.sum(0))
         magnitudes = X.new_empty(min(_ROWS, len(X)), X.shape[1])
@@ -130,6 +133,17 @@ class Tally:
             s.sumsq.add_(X.square().sum(0))
         else:
             add_gram(s.gram, X)
+        self._sums = replace(s, count=s.count + len(X))
+
+    def _weigh(self, X: Tensor, weights: Tensor) -> None:
+        s = self._sums
+        torch.maximum(s.absmax, X.abs().amax(0), out=s.absmax)
+        s.sum.addmv_(X.T, weights)
+        root = X * weights.sqrt()[:, None]
+        if s.gram is None:
+            s.sumsq.add_(root.square_().sum(0))
+        else:
+            add_gram(s.gram, root)
         self._sums = replace(s, count=s.count + len(X))
 
     def stats(self) -> Stats:

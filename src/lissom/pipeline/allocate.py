@@ -175,7 +175,7 @@ def summarise(
 
         if flows:
             before = list(hidden)
-            hidden = stream_block(block, hidden, gather, "gram" in needs, watch=watch, bins=bins)
+            hidden = stream_block(block, hidden, gather, "gram" in needs, watch=watch, bins=bins, extras=mine)
             values = {"share": share_of_stream(before, hidden)}
         else:
             for stage in block.stages:

@@ -169,7 +169,7 @@ def _compress(
     stages["shots"] = time.perf_counter() - clock
 
     clock = time.perf_counter()
-    extras = gradients.for_steps(model, data.ids, work, checked.steps, tick)
+    extras = gradients.for_recipe(model, data.ids, work, checked, tick)
     stages["gradients"] = time.perf_counter() - clock
 
     clock = time.perf_counter()
@@ -371,7 +371,7 @@ def _solve_block(
 
     watch, at_once = (data.watch, data.at_once) if data else (None, False)
     bins = histogram_bins([s for s, _ in steps])
-    hidden = stream_block(block, hidden, solve, gram, waiting, watch, calibrate, bins, at_once)
+    hidden = stream_block(block, hidden, solve, gram, waiting, watch, calibrate, bins, at_once, extras)
     if healing:
         healed = work_on_block(block, solved, inputs, dense, targets, healing)
         keep([r.layer for r in healed], healed)

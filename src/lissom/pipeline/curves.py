@@ -141,7 +141,9 @@ def layer_options(
     """
     ids = data.ids[:samples]
     folder.mkdir(parents=True, exist_ok=True)
-    gradients.gather(model, ids, folder, [gradients.OUTPUT_POWER], tick)
+    exponent = recipe.calibration.token_fisher
+    read = [gradients.OUTPUT_POWER] + ([gradients.TOKEN_WEIGHT] if exponent else [])
+    gradients.gather(model, ids, folder, read, tick, exponent)
     zeros, codes = parts(recipe.steps)
     step = recipe.steps[codes]
     pairs = choices(step.constraint, zeros is not None)
@@ -169,7 +171,8 @@ def layer_options(
                         for la, loss in _really(layers, weights, scale, stats, recipe, pair, power).items():
                             found.own.setdefault(la, {})[pair] = loss
 
-            hidden = stream_block(block, hidden, visit if known is None else _pass, watch=None if known is None else 0)
+            act, watch = (visit, None) if known is None else (_pass, 0)
+            hidden = stream_block(block, hidden, act, watch=watch, extras=power)
             if known is None:
                 dump_json(path, found.plain())
             measured.append(found)

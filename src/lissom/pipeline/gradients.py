@@ -11,7 +11,7 @@ L is the mean next-token loss of one sample; all statistics run over samples.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..core import RecipeError
 from ..models import Block, Model
-from .recipe import Step
+from .recipe import Recipe
 
 Tick = Callable[[str, int, int], None]
 # method → what it reads from ``Problem.extras``
@@ -31,41 +31,52 @@ WANTED = {
     "llm-surgeon": ("output_gram",),
 }
 _OF_WEIGHTS = {"gradient", "gradient_l1", "fisher", "samples"}
+TOKEN_WEIGHT = "token_weight"  # (tokens,), of mean 1: (g · g)^exponent of the gradients g at a layer's outputs
 OUTPUT_POWER = "output_power"  # (out,), E[g²] of the gradients g at the outputs: the diagonal of "output_gram"
 _POWER_TOKENS = 4096  # for a mean over tokens
 _TOKENS = 256  # of the head's logits at a time
 
 
-def wanted_extras(steps: Sequence[Step]) -> list[str]:
-    """The extras that these steps read."""
-    read = {extra for step in steps for extra in WANTED.get(step.name, ())}
-    return sorted(read | ({OUTPUT_POWER} if any(step.constraint.row_fisher for step in steps) else set()))
+def wanted_extras(recipe: Recipe) -> list[str]:
+    """The extras that the steps and the statistics of a recipe read."""
+    read = {extra for step in recipe.steps for extra in WANTED.get(step.name, ())}
+    if any(step.constraint.row_fisher for step in recipe.steps):
+        read.add(OUTPUT_POWER)
+    if recipe.calibration.token_fisher:
+        read.add(TOKEN_WEIGHT)
+    return sorted(read)
 
 
-def gradient_tokens(steps: Sequence[Step], tokens: int) -> int:
-    """How many of the calibration ``tokens`` the gradients of these steps are taken on."""
-    extras = wanted_extras(steps)
+def gradient_tokens(recipe: Recipe, tokens: int) -> int:
+    """How many of the calibration ``tokens`` the gradients of a recipe are taken on."""
+    extras = wanted_extras(recipe)
     return min(tokens, _POWER_TOKENS) if extras == [OUTPUT_POWER] else tokens if extras else 0
 
 
-def for_steps(
-    model: Model, ids: Tensor, folder: Path, steps: Sequence[Step], tick: Tick | None = None
+def for_recipe(
+    model: Model, ids: Tensor, folder: Path, recipe: Recipe, tick: Tick | None = None
 ) -> Callable[[int], dict[str, dict[str, Tensor]]]:
-    """What the steps read of each block, by its number, gathered into ``folder`` where they read anything.
+    """What a recipe reads of each block, by its number, gathered into ``folder`` where it reads anything.
 
     The power of outputs is a mean over tokens: a few samples are enough where nothing else is read. Without a head there is
-    no loss, and rows count alike.
+    no loss: rows and tokens count alike.
     """
-    extras = wanted_extras(steps)
+    extras = wanted_extras(recipe)
+    if not model.has_head:
+        extras = [e for e in extras if e not in (OUTPUT_POWER, TOKEN_WEIGHT)]
     if extras == [OUTPUT_POWER]:
-        ids, extras = ids[: max(1, _POWER_TOKENS // ids.shape[1])], extras if model.has_head else []
+        ids = ids[: max(1, _POWER_TOKENS // ids.shape[1])]
     if extras:
-        gather(model, ids, folder, extras, tick)
+        gather(model, ids, folder, extras, tick, recipe.calibration.token_fisher)
     return lambda i: block_extras(folder, i)
 
 
-def gather(model: Model, ids: Tensor, folder: Path, extras: Collection[str], tick: Tick | None = None) -> None:
-    """Write ``gradients-<block>.safetensors`` into ``folder`` for ``ids: (samples, tokens)``; finished files are kept."""
+def gather(
+    model: Model, ids: Tensor, folder: Path, extras: Collection[str], tick: Tick | None = None, exponent: float = 1.0
+) -> None:
+    """Write ``gradients-<block>.safetensors`` into ``folder`` for ``ids: (samples, tokens)``; finished files are kept.
+
+    ``exponent``: of the weights of tokens."""
     if not model.has_head:
         raise RecipeError("gradients of the loss need a language-model head, which this model has not")
     done = [_file(folder, i).exists() for i in range(model.blocks)]
@@ -74,7 +85,7 @@ def gather(model: Model, ids: Tensor, folder: Path, extras: Collection[str], tic
     _forward(model, ids, folder)
     upstream = _loss_gradients(model, ids, folder)
     for i in reversed(range(model.blocks)):
-        upstream, kept = _backward(model.load_block(i), _inputs(folder, i), upstream, extras)
+        upstream, kept = _backward(model.load_block(i), _inputs(folder, i), upstream, extras, exponent)
         temporary = folder / "gradients.new"
         save_file({k: v.contiguous() for k, v in kept.items()}, temporary)
         os.replace(temporary, _file(folder, i))
@@ -132,9 +143,15 @@ def _loss_gradients(model: Model, ids: Tensor, folder: Path) -> Tensor:
     return out
 
 
+def _weights_of_tokens(power: Tensor, exponent: float) -> Tensor:
+    """(tokens,) of mean 1, from the sums of squared gradients over the outputs (tokens,)."""
+    weights = (power / power.mean().clamp_min(1e-30)) ** exponent
+    return weights / weights.mean().clamp_min(1e-30)
+
+
 @torch.enable_grad()
 def _backward(
-    block: Block, inputs: Tensor, upstream: Tensor, extras: Collection[str]
+    block: Block, inputs: Tensor, upstream: Tensor, extras: Collection[str], exponent: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """∂L/∂h before the block, and the extras of its layers under ``name|extra``."""
     names = [layer.name for layer in block.linears]
@@ -144,16 +161,21 @@ def _backward(
     grams = {layer.name: torch.zeros(layer.rows, layer.rows) for layer in block.linears if "output_gram" in extras}
     powers = {layer.name: torch.zeros(layer.rows) for layer in block.linears}
 
+    by_token: dict[str, list[Tensor]] = {}
+
     def observe(name: str, output: Tensor) -> None:
         def add(g: Tensor) -> None:
             flat = g.detach().flatten(0, -2)
-            powers[name] += flat.square().sum(0)
+            squares = flat.square()
+            powers[name] += squares.sum(0)
+            if TOKEN_WEIGHT in extras:
+                by_token.setdefault(name, []).append(squares.sum(1))
             if name in grams:
                 grams[name] += flat.T @ flat
 
         output.register_hook(add)
 
-    if "output_gram" in extras or OUTPUT_POWER in extras:
+    if {"output_gram", OUTPUT_POWER, TOKEN_WEIGHT} & set(extras):
         block.observe = observe
     squares = [torch.zeros_like(w, requires_grad=False) for w in weights]
     sums = [torch.zeros_like(w, requires_grad=False) if "gradient_l1" in extras else None for w in weights]
@@ -182,6 +204,8 @@ def _backward(
     for name in names:
         if OUTPUT_POWER in extras:
             kept[f"{name}|{OUTPUT_POWER}"] = powers[name] / (len(inputs) * inputs.shape[1])
+        if TOKEN_WEIGHT in extras:
+            kept[f"{name}|{TOKEN_WEIGHT}"] = _weights_of_tokens(torch.cat(by_token.pop(name)), exponent)
         if "output_gram" in extras:
             kept[f"{name}|output_gram"] = grams[name] / (len(inputs) * inputs.shape[1])
     return before, kept

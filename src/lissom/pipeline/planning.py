@@ -79,8 +79,13 @@ def make_plan(model: Model, recipe: Recipe, out: Path | None = None, calibration
     solvers = [s for s in recipe.steps if s.method.kind == "solver"]
     for step in solvers:
         problems += _misfits(step, layers, warnings)
-    if not model.has_head and any(s.constraint.row_fisher for s in solvers):
-        warnings.append("row_fisher: the model has no head, so there is no loss to take gradients of: rows count alike")
+    for setting, given in (
+        ("row_fisher", any(s.constraint.row_fisher for s in solvers)), ("token_fisher", recipe.calibration.token_fisher),
+    ):  # fmt: skip
+        if given and not model.has_head:
+            warnings.append(
+                f"{setting}: the model has no head, so there is no loss to take gradients of: it has no effect"
+            )
     problems += fold_problems(model, recipe, warnings)
     problems += operator_problems(model, recipe)
     warnings += operator_advice(recipe, operators_of(model, recipe))
@@ -294,7 +299,7 @@ def estimate(model: Model, recipe: Recipe, layers: list[Linear], tokens: int) ->
             seconds += shots * trials * (c.trial_samples + c.trial_windows) * each
         if step.method.learn is not None:  # a forward and a backward
             seconds += shots * 3 * c.epochs * allocation_samples(recipe) * each
-    if gathered := gradient_tokens(recipe.steps, tokens):  # a forward to disk, and each block again with its gradients
+    if gathered := gradient_tokens(recipe, tokens):  # a forward to disk, and each block again with its gradients
         seconds += 4 * 1.3 * shots * gathered * weights / matmul_speed()
     # dense float32 checkpoints of the steps that rewrite weights
     folded = (

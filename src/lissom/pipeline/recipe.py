@@ -52,7 +52,8 @@ NONE = "none"  # of calibration text
 class Calibration:
     """``data`` a name or file, or "none": no text, inputs are taken as white; ``samples`` × ``length`` tokens; ``allocation_samples`` for the pass of an
     allocation (None: a quarter, at least 8); ``statistics`` of a layer's inputs after all ``stage``s before it were
-    compressed, or once per ``block``, before any of its layers."""
+    compressed, or once per ``block``, before any of its layers; ``token_fisher``: the exponent to which tokens count in them by the
+    power E[g²] of the loss's gradient at the outputs that they feed (0: all alike)."""
 
     data: str = "builtin"
     samples: int = 128
@@ -60,6 +61,7 @@ class Calibration:
     seed: int = 0
     allocation_samples: int | None = None
     statistics: Literal["stage", "block"] = "stage"
+    token_fisher: float = 0.0
 
 
 SECTIONS = {
@@ -367,6 +369,8 @@ def _check(recipe: Recipe) -> list[str]:
     c = recipe.calibration
     if c.samples < 1 or c.length < 2:
         out.append(f"calibration: samples ≥ 1 and length ≥ 2 are needed, not {c.samples} × {c.length}")
+    if c.token_fisher < 0:
+        out.append(f"calibration: token_fisher must be at least 0, not {c.token_fisher:g}")
     out += textless_problems(recipe) if c.data == NONE else []
     odd = [t.name for t in recipe.steps if "forms" in t.method.makes and t.constraint.bits != 16]
     if odd and any(s.method.kind == "training" for s in recipe.steps):

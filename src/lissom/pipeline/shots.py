@@ -100,7 +100,7 @@ def _shoot(
     model: Model, plan: Plan, data: CalibrationSet, folder: Path, floors: Budgets, tick: Tick | None, label: str
 ) -> dict[str, Any]:
     """Write the model after one shot into ``folder``; its budgets as plain data."""
-    extras = gradients.for_steps(model, data.ids, folder, plan.recipe.steps, tick)
+    extras = gradients.for_recipe(model, data.ids, folder, plan.recipe, tick)
     budgets, _ = budgets_for(model, plan, data, tick, extras=extras, floors=floors, folder=folder)
     writer = ArtefactWriter(folder)
 

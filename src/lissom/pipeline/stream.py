@@ -41,7 +41,7 @@ from ..core import (
 )
 from ..kernels.columns import column_loop
 from ..models import Block, Linear, Model, Run
-from .gradients import OUTPUT_POWER
+from .gradients import OUTPUT_POWER, TOKEN_WEIGHT
 from .layers import constraint_for, wanted
 from .recipe import Step
 
@@ -105,6 +105,7 @@ def stream_block(
     calibrate: Callable[[Tensor, Tensor], float] | None = None,
     bins: int = 0,
     at_once: bool = False,
+    extras: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> list[Tensor]:
     """Outputs of the block for every batch; ``visit`` is called once a stage, and may set weights.
 
@@ -115,11 +116,22 @@ def stream_block(
     inputs and the largest magnitude of each calibration sample → the static scale, where the block's operators ask for one; from there on,
     statistics and products see the rounded inputs. ``at_once``: all stages' statistics are of the block as it was loaded,
     and taken before any is visited; costs a second forward.
-    ``bins``: of the inputs' histograms, whose entropy the statistics then have.
+    ``bins``: of the inputs' histograms, whose entropy the statistics then have. ``extras``: of the block's layers, with what tokens
+    count in the statistics, where that was gathered.
     """
     if at_once:
         gathered: list[tuple[tuple[Linear, ...], Stats]] = []
-        stream_block(block, list(hidden), lambda *stage: gathered.append(stage), gram, spill, watch, calibrate, bins)
+        stream_block(
+            block,
+            list(hidden),
+            lambda *stage: gathered.append(stage),
+            gram,
+            spill,
+            watch,
+            calibrate,
+            bins,
+            extras=extras,
+        )
         for stage in gathered:
             visit(*stage)
         for i in range(len(hidden)):
@@ -134,6 +146,7 @@ def stream_block(
             spill.put(i, runs[i].state)
     for number, stage in enumerate(block.stages):
         tally = Tally(stage[0].columns, gram)
+        weights, at = token_weights(stage, extras or {}), 0
         waits = calibrate is not None and block.operators is not None and block.operators.waits(number)
         if waits:
             assert calibrate is not None and block.operators is not None
@@ -147,7 +160,11 @@ def stream_block(
             elif number:
                 run.advance()
             if watch is None or i < watch:
-                tally.add(run.input())
+                x = run.input()
+                tokens = x.shape[0] * x.shape[1]
+                tally.add(x, None if weights is None else weights[at : at + tokens])
+                at += tokens
+                del x
             if spill:
                 spill.put(i, run.state)
         stats = tally.stats()
@@ -166,6 +183,16 @@ def stream_block(
         outputs.append(run.output())
     give_back()
     return outputs
+
+
+def token_weights(stage: Sequence[Linear], extras: Mapping[str, Mapping[str, Tensor]]) -> Tensor | None:
+    """What each token counts in the statistics of a stage, (tokens,): the mean over the outputs of all its layers."""
+    found = [
+        (layer.rows, mine[TOKEN_WEIGHT]) for layer in stage if TOKEN_WEIGHT in (mine := extras.get(layer.name, {}))
+    ]
+    if not found:
+        return None
+    return torch.stack([rows * w for rows, w in found]).sum(0) / sum(rows for rows, _ in found)
 
 
 def _inputs(runs: Sequence[Run], spill: Spill | None) -> Iterator[Tensor]:
@@ -294,7 +321,7 @@ def stacked_extras(layers: list[Linear], extras: Mapping[str, Mapping[str, Tenso
     """Extras of the layers of a stack, stacked by rows (per output rows; Gram matrices block by block)."""
     mine = [extras.get(layer.name, {}) for layer in layers]
     out: dict[str, Tensor] = {}
-    for key in mine[0]:
+    for key in mine[0].keys() - {TOKEN_WEIGHT}:
         parts = [m[key] for m in mine]
         out[key] = torch.block_diag(*parts) if key == "output_gram" else torch.cat(parts, dim=-min(2, parts[0].dim()))
     return out
@@ -354,7 +381,7 @@ def solve_blocks(
                 if visit:
                     visit(result)
 
-        hidden = stream_block(block, hidden, solve, gram, watch=watch, bins=bins, at_once=at_once)
+        hidden = stream_block(block, hidden, solve, gram, watch=watch, bins=bins, at_once=at_once, extras=mine)
         if keep:
             keep(i, block)
         if tick:
