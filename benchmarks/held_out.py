@@ -67,6 +67,10 @@ def gap(n: int) -> dict[str, list[dict[str, Any]]]:
     }
 
 
+def shipped(name: str) -> list[dict[str, Any]]:
+    return read(name).describe()["steps"]
+
+
 PRUNED = {"use": "sparsegpt", "sparsity": 0.7}
 BEST = [CLUSTERS, alps(sparsity=0.7)]
 REPAIR, REFIT = {"use": "dsnot"}, {"use": "refit"}
@@ -87,6 +91,16 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     **{f"70% alps, rows by Fisher^{e}": [alps(sparsity=0.7, row_fisher=e)] for e in (0.5, 1)},
     **{f"70% clusters, alps, rows by Fisher^{e}": [CLUSTERS, alps(sparsity=0.7, row_fisher=e)] for e in (0.5, 1)},
     "70% clusters, alps in two passes": [CLUSTERS, alps(sparsity=0.7, shots=2)],
+}
+# name → steps and the exponent of the tokens' weights
+FISHER = [PRUNED | {"row_fisher": 0.5}]
+TOKENS: dict[str, tuple[list[dict[str, Any]], float]] = {
+    **{f"70% sparsegpt, rows by Fisher^0.5, tokens^{e}": (FISHER, e) for e in (0.25, 0.5, 1)},
+    "70% clusters, alps, rows by Fisher^0.5, tokens^0.5": ([CLUSTERS, alps(sparsity=0.7, row_fisher=0.5)], 0.5),
+    "4:16, tokens^0.5": ([alps(pattern="4:16")], 0.5),
+    **{f"gptq, 3 bits, tokens^{e}": ([{"use": "gptq", "bits": 3}], e) for e in (0, 0.5)},
+    **{f"recipe int3, tokens^{e}": (shipped("int3"), e) for e in (0, 0.25, 0.5)},
+    **{f"recipe int4, tokens^{e}": (shipped("int4"), e) for e in (0, 0.5)},
 }
 # name → samples, their length, and the texts that take turns; all with BEST
 TEXTS: dict[str, tuple[int, int, tuple[str, ...]]] = {
@@ -124,13 +138,15 @@ def pool(source: str, name: str, tokenizer: Any, vocabulary: int, tokens: int) -
     return tokenize(tokenizer, load_text(str(SHARED / "text" / f"{name}.txt")))
 
 
-def measure(source: str, steps: list[dict[str, Any]], text: tuple[int, int, tuple[str, ...]] | None) -> dict[str, Any]:
+def measure(
+    source: str, steps: list[dict[str, Any]], text: tuple[int, int, tuple[str, ...]] | None, token_fisher: float = 0
+) -> dict[str, Any]:
     checkpoint = open_model(source)
     model = Model(checkpoint)
     count, length, names = text or (8, 512, ("valid",))
     recipe = read(
         {"steps": steps, "calibration": {"data": str(DATA / "valid.txt")}},
-        ["samples=8", "length=512", f"allocation_samples={count}"],
+        ["samples=8", "length=512", f"allocation_samples={count}", f"token_fisher={token_fisher}"],
     )
     tokenizer, vocabulary = checkpoint.tokenizer(), model.config.vocab_size
     data = load_calibration(tokenizer, recipe.calibration, vocabulary, 8)
@@ -162,6 +178,7 @@ def render(found: dict[str, dict[str, Any]]) -> str:
 
     steps = [n for n in ROWS if n.startswith("70%")]
     lines = table("steps", steps)
+    lines += table("tokens weighed by the gradient", list(TOKENS))
     lines += table("calibration of clusters + alps at 70%", ["70% clusters, alps", *TEXTS])
     lines += table("N of 16", [n for n in ROWS if n not in steps])
     return "\n".join(lines)
@@ -176,14 +193,15 @@ def main() -> None:
     options = parser.parse_args()
     lines = KEPT.read_text().splitlines() if KEPT.exists() else []
     found = {row["name"]: row for row in map(json.loads, lines)}
-    rows = {name: (steps, None) for name, steps in ROWS.items()} | {name: (BEST, t) for name, t in TEXTS.items()}
+    rows: dict[str, tuple[Any, ...]] = {name: (steps, None) for name, steps in ROWS.items()}
+    rows |= {name: (steps, None, e) for name, (steps, e) in TOKENS.items()}
+    rows |= {name: (BEST, text) for name, text in TEXTS.items()}
     waiting = [n for n in rows if n not in found and re.search(options.only, n)]
     if options.list:
         print("\n".join(waiting))
     elif not options.render:
         for name in waiting:
-            steps, text = rows[name]
-            found[name] = {"name": name, "steps": steps, **measure(options.model, steps, text)}
+            found[name] = {"name": name, "steps": rows[name][0], **measure(options.model, *rows[name])}
             if options.model == "demo":
                 with KEPT.open("a") as file:
                     file.write(json.dumps(found[name]) + "\n")
