@@ -93,12 +93,14 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "70% clusters, alps in two passes": [CLUSTERS, alps(sparsity=0.7, shots=2)],
 }
 # name → steps and the exponent of the tokens' weights
+TWO_BITS = [{"use": "gptq-descent", "bits": 2, "group_size": 32}]
 FISHER = [PRUNED | {"row_fisher": 0.5}]
 TOKENS: dict[str, tuple[list[dict[str, Any]], float]] = {
     **{f"70% sparsegpt, rows by Fisher^0.5, tokens^{e}": (FISHER, e) for e in (0.25, 0.5, 1)},
     "70% clusters, alps, rows by Fisher^0.5, tokens^0.5": ([CLUSTERS, alps(sparsity=0.7, row_fisher=0.5)], 0.5),
     "4:16, tokens^0.5": ([alps(pattern="4:16")], 0.5),
     **{f"gptq, 3 bits, tokens^{e}": ([{"use": "gptq", "bits": 3}], e) for e in (0, 0.5)},
+    **{f"gptq-descent, 2 bits in groups of 32, tokens^{e}": (TWO_BITS, e) for e in (0, 0.5)},
     **{f"recipe int3, tokens^{e}": (shipped("int3"), e) for e in (0, 0.25, 0.5)},
     **{f"recipe int4, tokens^{e}": (shipped("int4"), e) for e in (0, 0.5)},
 }

@@ -240,7 +240,7 @@ def test_a_recipe_with_global_comparison_reads_back_the_same():
 @pytest.mark.parametrize("spill", [False, True])
 def test_e_sparse_sees_the_histograms_of_the_real_inputs(trained, tmp_path, spill):
     """Zeros of the first layer, from its inputs counted by numpy."""
-    steps = [{"use": "e-sparse", "pattern": "2:4", "bins": 20, "alpha": 0.1}]
+    steps = [{"use": "e-sparse", "pattern": "2:4", "bins": 20, "alpha": 0.002}]
     lissom.compress(trained, tmp_path / "out", steps, overrides=SMALL, spill=spill)
     model = Model(open_model(trained))
     ids = load_calibration(model.checkpoint.tokenizer(), read(steps, SMALL).calibration, 512).ids
@@ -249,7 +249,7 @@ def test_e_sparse_sees_the_histograms_of_the_real_inputs(trained, tmp_path, spil
         x = block.start(model.embed(ids)).input().flatten(0, -2).double()
     entropy = torch.tensor([_entropy(np.histogram(c, 20)[0] / len(c)) for c in x.T.numpy()])
     name = model.linears(0)[0].name
-    score = block.weight(name).double().abs() * (entropy + 0.1 * x.square().mean(0).sqrt())
+    score = block.weight(name).double().abs() * (entropy + 0.002 * (2048 * x.square().mean(0)).sqrt())
     keep = score.reshape(-1, 4) >= score.reshape(-1, 4).sort(1, descending=True).values[:, 1:2]
     got = (weights(tmp_path / "out")[name] != 0).reshape(-1, 4)
     assert float((keep == got).double().mean()) > 0.995  # a value on the edge of a bin may fall to either side
