@@ -121,17 +121,8 @@ def stream_block(
     """
     if at_once:
         gathered: list[tuple[tuple[Linear, ...], Stats]] = []
-        stream_block(
-            block,
-            list(hidden),
-            lambda *stage: gathered.append(stage),
-            gram,
-            spill,
-            watch,
-            calibrate,
-            bins,
-            extras=extras,
-        )
+        look = lambda *stage: gathered.append(stage)  # noqa: E731
+        stream_block(block, list(hidden), look, gram, spill, watch, calibrate, bins, extras=extras)
         for stage in gathered:
             visit(*stage)
         for i in range(len(hidden)):
@@ -289,10 +280,10 @@ def _solve_stack(
         parts = [(layer.rows, constraint_for(layer, step.constraint, budget)) for layer in layers]
         if step.constraint.shots > 1:  # zeros of an earlier shot stay
             parts = [(n, replace(p, within=weights[la.name] != 0)) for la, (n, p) in zip(layers, parts, strict=True)]
-        power = extras.get(layers[0].name, {}).get(OUTPUT_POWER) if step.constraint.row_fisher else None
-        if power is not None:
+        exponent = step.constraint.row_fisher
+        if exponent and OUTPUT_POWER in extras.get(layers[0].name, {}):
             parts = [
-                (n, replace(p, worth=_worth(extras[la.name][OUTPUT_POWER], step.constraint.row_fisher)))
+                (n, replace(p, worth=_worth(extras[la.name][OUTPUT_POWER], exponent)))
                 for la, (n, p) in zip(layers, parts, strict=True)
             ]
         if solved is not None:
@@ -327,10 +318,8 @@ def stacked_extras(layers: list[Linear], extras: Mapping[str, Mapping[str, Tenso
     return out
 
 
-def _worth(power: Tensor | None, exponent: float) -> Tensor | None:
+def _worth(power: Tensor, exponent: float) -> Tensor:
     """What the scores of rows count: (E[g²] over its mean)^exponent."""
-    if power is None or not exponent:
-        return None
     return (power / power.mean().clamp_min(1e-30)).clamp_min(_LEAST_POWER) ** exponent
 
 
