@@ -227,5 +227,10 @@ def test_a_gpu_is_taken_where_there_is_one_and_with_it_bfloat16(monkeypatch):
     assert hardware(Heal(precision="float32")) == ("cuda", "float32")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert hardware(Heal()) == ("cpu", "float32")
-    with pytest.raises(CalibrationError, match="no CUDA device"):
-        hardware(Heal(device="cuda"))
+
+
+def test_a_gpu_that_is_not_there_is_said_before_anything_is_pruned(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RecipeError, match="no CUDA device"):
+        compress(trained, tmp_path / "out", [STEPS[0], HEAL | {"device": "cuda"}], overrides=SMALL)
+    assert not (tmp_path / "out").exists()

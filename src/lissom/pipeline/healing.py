@@ -52,6 +52,8 @@ def teacher_problems(dense: Model, student: Model, recipe: Recipe) -> list[str]:
     """Teachers that cannot teach ``student``, the model as structured steps will leave it."""
     out = []
     for step in training_steps(recipe):
+        if step.config.device == "cuda" and not torch.cuda.is_available():
+            out.append(f"{step.name}: no CUDA device is to be seen; leave device at auto, which takes the processor")
         teacher = teacher_of(dense, step)
         theirs, ours = teacher.config.vocab_size, student.config.vocab_size
         if theirs != ours:
@@ -146,11 +148,8 @@ def heal(
 
 
 def hardware(config: Any) -> tuple[str, Literal["float32", "bfloat16"]]:
-    """The device and the precision that a step trains with. Raises :class:`CalibrationError` for a GPU that is not there."""
-    there = torch.cuda.is_available()
-    if config.device == "cuda" and not there:
-        raise CalibrationError("device: no CUDA device is to be seen; leave it at auto, which takes the processor")
-    device = ("cuda" if there else "cpu") if config.device == "auto" else config.device
+    """The device and the precision that a step trains with."""
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     if config.precision != "auto":
         return device, config.precision
     return device, "bfloat16" if device == "cuda" else "float32"

@@ -52,8 +52,7 @@ NONE = "none"  # of calibration text
 class Calibration:
     """``data`` a name or file, or "none": no text, inputs are taken as white; ``samples`` × ``length`` tokens; ``allocation_samples`` for the pass of an
     allocation (None: a quarter, at least 8); ``statistics`` of a layer's inputs after all ``stage``s before it were
-    compressed, or once per ``block``, before any of its layers; ``token_fisher``: the exponent to which tokens count in them by the
-    power E[g²] of the loss's gradient at the outputs that they feed (0: all alike)."""
+    compressed, or once per ``block``, before any of its layers; ``token_fisher``: exponent of g · g, g the loss's gradient, as a token counts."""
 
     data: str = "builtin"
     samples: int = 128
