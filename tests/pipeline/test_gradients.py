@@ -103,6 +103,14 @@ def test_row_fisher_through_a_whole_run(trained, tmp_path):
     assert spread[1] > spread[0]
 
 
+def test_a_method_that_reads_no_text_reads_it_for_its_rows(trained, tmp_path):
+    overrides = ["calibration.samples=8", "calibration.length=48", "sparsity=0.5"]
+    without, with_rows = (
+        compress(trained, tmp_path / str(e), "magnitude", overrides=[*overrides, f"row_fisher={e}"]) for e in (0, 0.5)
+    )
+    assert without["calibration_tokens"] < with_rows["calibration_tokens"] == 8 * 48
+
+
 def test_statistics_weigh_tokens_batch_by_batch_and_stage_by_stage(trained):
     """Against products made by hand from what each stage reads; the held-out batch behind the others is not counted."""
     model = Model(open_model(trained))

@@ -134,7 +134,7 @@ def _compress(
     made = structured_plan(model, checked, target)
     check_target(model, made)
     data = load_calibration(checkpoint.tokenizer(), checked.calibration, model.config.vocab_size, needs_held_out(made))
-    needs = any(
+    needs = bool(gradients.wanted_extras(checked)) or any(
         (step.method.needs and step.method.kind != "training") or step.constraint.shots > 1 for step in checked.steps
     )  # training reads its own text
     if not needs and checked.target is None:
