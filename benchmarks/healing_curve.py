@@ -1,17 +1,18 @@
 """Perplexity against minutes: one-shot pruning, block-wise reconstruction, distillation of the demo model at 70%.
 
-    .venv/bin/python benchmarks/healing_curve.py [--case 70|4:16+int4] [--stage one-shot|reconstruct|heal] [--minutes N] [--keep FOLDER]
+    .venv/bin/python benchmarks/healing_curve.py [--case 70|4:16+int4] [--stage STAGE] [--keep FOLDER]
 
 Every stage is one `lissom compress` and one `lissom evaluate` of the files on disk (WikiText-2 raw test, 16 × 1024); `heal` goes on
-from the directory of `reconstruct`, which `--keep` keeps. Rows are in benchmarks/rows/healing/, the figure in
+from the directory of `reconstruct`, which `--keep` keeps: ten minutes on one thread, an hour on two (`hour`). Rows are in benchmarks/rows/healing/, the figure in
 benchmarks/figures/healing.png. One-shot and reconstruction calibrate on SAMPLES × 512 tokens of WikiText-2 v1 validation, as
-everywhere; distillation reads Brown and ABC alone. Minutes are those of one thread.
+everywhere; distillation reads Brown and ABC alone. The minutes of `one-shot`, `reconstruct` and `heal` are those of one thread.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,12 @@ CASES = {
     "70": ["--set", "sparsity=0.7"],
     "4:16+int4": ["--set", "pattern=4:16", "--set", "sparsity=null", "--set", "bits=4", "--set", "group_size=64", "--format", "packed"],
 }  # fmt: skip
+# minutes, batch, judged every so many steps; `hour` on both cores
+TRAININGS = {"heal": (10.0, 4, 8), "hour": (60.0, 4, 32)}
+STAGES = ("one-shot", "reconstruct", *TRAININGS)
 HEAL = {
-    "use": "heal", "teacher": "demo", "steps": 100_000, "batch": 4, "length": 256, "learning_rate": 3e-4, "warmup": 0.1,
-    "held_out": 8, "evaluate_every": 8, "precision": "bfloat16",
+    "use": "heal", "teacher": "demo", "steps": 100_000, "length": 256, "learning_rate": 3e-4, "warmup": 0.1,
+    "held_out": 8, "precision": "bfloat16",
 }  # fmt: skip
 
 
@@ -40,15 +44,14 @@ def path_of(case: str, stage: str) -> Path:
     return ROWS / f"{case.replace(':', '-').replace('+', '-')}-{stage}.json"
 
 
-def run(case: str, stage: str, folder: Path, minutes: float, samples: int) -> dict[str, Any]:
+def run(case: str, stage: str, folder: Path, samples: int) -> dict[str, Any]:
     common = ["--calibration", str(DATA / "valid.txt"), "--length", "512"]
-    common += ["--samples", "1" if stage == "heal" else str(samples)]  # distillation has its own text
+    common += ["--samples", "1" if stage in TRAININGS else str(samples)]  # distillation has its own text
     out = folder / stage
-    if stage == "heal":
-        recipe = folder / "heal.yaml"
-        recipe.write_text(
-            json.dumps({"steps": [{**HEAL, "minutes": minutes, "data": training_text(folder)}]}), encoding="utf-8"
-        )
+    if stage in TRAININGS:
+        recipe, (minutes, batch, every) = folder / f"{stage}.yaml", TRAININGS[stage]
+        step = {**HEAL, "minutes": minutes, "batch": batch, "evaluate_every": every, "data": training_text(folder)}
+        recipe.write_text(json.dumps({"steps": [step]}), encoding="utf-8")
         given = [str(folder / "reconstruct"), str(out), "--recipe", str(recipe)]
     else:
         given = [
@@ -61,7 +64,7 @@ def run(case: str, stage: str, folder: Path, minutes: float, samples: int) -> di
     made = lissom("compress", *given, *common)
     seen = lissom("evaluate", str(out), *evaluation_on("test.raw.txt"))
     return {
-        "case": case, "stage": stage, "samples": samples, "seconds": made["seconds"], "stages": made["stages"],
+        "case": case, "stage": stage, "samples": samples, "threads": os.environ.get("OMP_NUM_THREADS", "all"), "seconds": made["seconds"], "stages": made["stages"],
         "perplexity": seen["perplexity"], "sparsity": seen["sparsity"], "bytes": seen["bytes"], "healing": made["healing"],
     }  # fmt: skip
 
@@ -75,7 +78,7 @@ def draw() -> None:
     figure, ax = plt.subplots(figsize=(8, 4.5))
     for case, colour in zip(CASES, ("tab:blue", "tab:orange"), strict=True):
         rows = [
-            json.loads(p.read_text()) for s in ("one-shot", "reconstruct", "heal") if (p := path_of(case, s)).exists()
+            json.loads(p.read_text()) for s in STAGES if (p := path_of(case, s)).exists()
         ]
         at, points = 0.0, []
         for row in rows:
@@ -106,18 +109,17 @@ def draw() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--case", default="70", choices=list(CASES))
-    parser.add_argument("--stage", default="", choices=["", "one-shot", "reconstruct", "heal"])
-    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--stage", default="", choices=["", *STAGES])
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--keep", type=Path, default=Path("/tmp/lissom-healing"))
     options = parser.parse_args()
     ROWS.mkdir(parents=True, exist_ok=True)
     folder = options.keep / options.case.replace(":", "-")
     folder.mkdir(parents=True, exist_ok=True)
-    for stage in [options.stage] if options.stage else ["one-shot", "reconstruct", "heal"]:
+    for stage in [options.stage] if options.stage else STAGES:
         path = path_of(options.case, stage)
         if not path.exists():
-            row = run(options.case, stage, folder, options.minutes, options.samples)
+            row = run(options.case, stage, folder, options.samples)
             path.write_text(json.dumps(row, indent=1))
             print(options.case, stage, f"{row['perplexity']:.2f} after {row['seconds']:.0f} s", flush=True)
     draw()
