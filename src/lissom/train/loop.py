@@ -310,7 +310,7 @@ def _load(
         for n, t in zip(names, tensors, strict=True):
             if f"exp_avg:{n}" in held:
                 moments = {k: file.get_tensor(f"{k}:{n}").to(t.device) for k in ("exp_avg", "exp_avg_sq")}
-                optimiser.state[t] = {"step": torch.tensor(float(state.step)), **moments}
+                optimiser.state[t] = {"step": torch.tensor(float(state.step), device=t.device), **moments}
     return state
 
 
