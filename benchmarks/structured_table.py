@@ -45,6 +45,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "structured-magnitude": NEURONS,
     "flap": NEURONS,
     "llm-pruner": NEURONS,
+    "surgeon-units": NEURONS,
     "shortgpt": {},
     "head-importance": {"keep_heads": 0.5},
     "sheared": {**BOTH, **TRAINED},

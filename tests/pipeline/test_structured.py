@@ -77,12 +77,26 @@ def test_gradients_beat_magnitude_and_a_bias_repairs_the_mean(trained, tmp_path)
         "llm-pruner": {},
         "flap": {},
         "flap plain": {"bias": False},
+        "surgeon-units": {},
+        "surgeon-units plain": {"update": False},
     }.items():
         step = {"use": name.split()[0], "keep_neurons": 0.25, **extra}
         compress(trained, tmp_path / name, [step], overrides=SMALL)
         quality[name] = evaluate(tmp_path / name, length=64, count=60)["perplexity"]
     assert quality["llm-pruner"] < quality["structured-magnitude"], quality
     assert quality["flap"] < quality["flap plain"], quality
+    assert quality["surgeon-units"] < min(quality["flap"], quality["surgeon-units plain"]), quality
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "phi3"])
+def test_a_surgeon_cuts_heads_and_neurons_whose_number_differs_by_block(kind, tmp_path):
+    tiny_model(kind, tmp_path / "dense")
+    heads = 1.0 if kind == "gpt2" else 0.5
+    step = {"use": "surgeon-units", "keep_heads": heads, "keep_neurons": 0.5, "spread": 0.25, "rounds": 5}
+    made = compress(tmp_path / "dense", tmp_path / "out", [step], overrides=SMALL)
+    assert "same logits" in made["verified"]["transformers"]
+    kept = [len(v) for v in made["structured"][0]["neurons"].values()]
+    assert sum(kept) == len(kept) * Model(open_model(tmp_path / "dense")).load_block(0).sizes.inner // 2
 
 
 def test_shortgpt_removes_the_blocks_of_least_influence(trained, tmp_path):

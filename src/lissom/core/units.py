@@ -46,13 +46,15 @@ class UnitProblem:
     """What a structured method knows of one kind of units of one block.
 
     ``weights``: layer name → (out, in) fp32. ``inputs``: statistics of the inputs of the layers in ``units.columns``.
-    ``gradients``: layer name → (samples, out, in), of the loss of each sample; empty unless the method needs them.
+    ``gradients``: layer name → (samples, out, in), of the loss of each sample; ``output_grams``: layer name → (out, out), E[g gᵀ]
+    of the gradients at its outputs; both empty unless the method needs them.
     """
 
     units: Units
     weights: Mapping[str, Tensor]
     inputs: Mapping[str, Stats] = field(default_factory=dict)
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
+    output_grams: Mapping[str, Tensor] = field(default_factory=dict)
     block: int = 0
 
 

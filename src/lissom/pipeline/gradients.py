@@ -23,12 +23,15 @@ from ..models import Block, Model
 from .recipe import Recipe
 
 Tick = Callable[[str, int, int], None]
-# method → what it reads from ``Problem.extras``
+# method → what it reads from ``Problem.extras``, or of a ``UnitProblem``
 WANTED = {
     "gblm": ("gradient", "gradient_l1"),
     "obd": ("fisher",),
     "obs": ("samples",),
     "llm-surgeon": ("output_gram",),
+    "llm-pruner": ("samples",),
+    "head-importance": ("samples",),
+    "surgeon-units": ("output_gram",),
 }
 _OF_WEIGHTS = {"gradient", "gradient_l1", "fisher", "samples"}
 TOKEN_WEIGHT = "token_weight"  # (tokens,), of mean 1: (g · g)^exponent of the gradients g at a layer's outputs
@@ -38,8 +41,8 @@ _TOKENS = 256  # of the head's logits at a time
 
 
 def wanted_extras(recipe: Recipe) -> list[str]:
-    """The extras that the steps and the statistics of a recipe read."""
-    read = {extra for step in recipe.steps for extra in WANTED.get(step.name, ())}
+    """The extras that the solvers and the statistics of a recipe read."""
+    read = {e for step in recipe.steps if step.method.kind == "solver" for e in WANTED.get(step.name, ())}
     if any(step.constraint.row_fisher for step in recipe.steps):
         read.add(OUTPUT_POWER)
     if recipe.calibration.token_fisher:
@@ -49,6 +52,8 @@ def wanted_extras(recipe: Recipe) -> list[str]:
 
 def gradient_tokens(recipe: Recipe, tokens: int) -> int:
     """How many of the calibration ``tokens`` the gradients of a recipe are taken on."""
+    if any(step.method.kind == "units" and step.name in WANTED for step in recipe.steps):
+        return tokens
     extras = wanted_extras(recipe)
     return min(tokens, _POWER_TOKENS) if extras == [OUTPUT_POWER] else tokens if extras else 0
 

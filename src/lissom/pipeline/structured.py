@@ -21,7 +21,7 @@ from torch import Tensor
 from ..core import Stats, UnitProblem, Units
 from ..export import ArtefactWriter, open_model
 from ..export.writer import write_json
-from ..methods.structured import bias_of_removed, influence, widths
+from ..methods.structured import influence, widths
 from ..models import Block, Linear, Model
 from ..models.channels import narrower_block, narrower_outer
 from ..models.units import KINDS, masked, smaller_block, smaller_config, units_of
@@ -100,8 +100,7 @@ def rewrite(
         biased = _bias_switches(model, step)
         for switch in biased:
             setattr(config, switch, True)
-        if "gradients" in step.method.needs:
-            gradients.gather(model, ids, folder, {"samples"}, tick)
+        _gather(model, step, ids, folder, tick)
         counts, record["search"] = _counts(model, step, shape, hidden, folder, ids, tick)
         for i in range(model.blocks):
             block = model.load_block(i)
@@ -205,15 +204,12 @@ def _write(
 
 def _choose_channels(model: Model, step: Step, count: int, ids: Tensor, folder: Path, tick: Tick | None) -> Tensor:
     """The channels with the largest scores, summed over all blocks."""
-    if "gradients" in step.method.needs:
-        gradients.gather(model, ids, folder, {"samples"}, tick)
+    _gather(model, step, ids, folder, tick)
     total = torch.zeros(model.width)
     for i in range(model.blocks):
         block = model.load_block(i)
-        samples = {n: e["samples"] for n, e in gradients.block_extras(folder, i).items()}
         units = units_of(block.row, block.config, block.linears, "channels")
-        weights = {la.name: block.weight(la.name) for la in block.linears}
-        total += step.method.run(UnitProblem(units, weights, {}, samples, i), step.config)
+        total += step.method.run(_problem(block, units, folder, {}), step.config)
     for file in folder.glob("gradients-*.safetensors"):
         file.unlink()
     return _best(total, count)
@@ -242,24 +238,33 @@ def _counts(
     for i in blocks:
         block = model.load_block(i)
         units = {k: units_of(block.row, block.config, block.linears, k) for k in KINDS}
-        samples = _samples(folder, i)
 
         def visit(stage: tuple[Linear, ...], stats: Stats) -> None:
             for kind, group in units.items():  # noqa: B023  (called while this block streams)
                 if stage[0].name in group.columns:
-                    weights = {la.name: block.weight(la.name) for la in block.linears}  # noqa: B023
-                    problem = UnitProblem(group, weights, {stage[0].name: stats}, samples, i)  # noqa: B023
+                    problem = _problem(block, group, folder, {stage[0].name: stats})  # noqa: B023
                     scores[kind].append(step.method.run(problem, step.config))
 
-        here = stream_block(block, here, visit, gram=False)
+        here = stream_block(block, here, visit, "gram" in step.method.needs)
     high, stacked = asdict(shape), {k: torch.stack(s) for k, s in scores.items()}
     if step.config.search:
         return searched(model, stacked, mean, high, ids, step.config.search, tick)
     return {k: widths(s, mean[k], high[k]) for k, s in stacked.items()}, {}
 
 
-def _samples(folder: Path, i: int) -> dict[str, Tensor]:
-    return {n: e["samples"] for n, e in gradients.block_extras(folder, i).items() if "samples" in e}
+def _gather(model: Model, step: Step, ids: Tensor, folder: Path, tick: Tick | None) -> None:
+    """Write what the step reads of the gradients of the dense model, where it reads any."""
+    if step.name in gradients.WANTED:
+        gradients.gather(model, ids, folder, gradients.WANTED[step.name], tick)
+
+
+def _problem(block: Block, units: Units, folder: Path, inputs: Mapping[str, Stats]) -> UnitProblem:
+    weights, extras = (
+        {la.name: block.weight(la.name) for la in block.linears},
+        gradients.block_extras(folder, block.number),
+    )
+    samples, grams = ({n: e[key] for n, e in extras.items() if key in e} for key in ("samples", "output_gram"))
+    return UnitProblem(units, weights, inputs, samples, grams, block.number)
 
 
 def _choose_units(
@@ -267,7 +272,7 @@ def _choose_units(
 ) -> tuple[dict[str, tuple[Units, Tensor]], list[Tensor], dict[str, Tensor]]:
     """Units in the file, {kind: (units, indices)}: the ``wanted`` ones that stay first, then others, set to zero, up to the
     width of ``shape``; the block's outputs without the others; biases in their place."""
-    samples, saved = _samples(folder, block.number), asdict(shape)
+    saved = asdict(shape)
     units = {k: units_of(block.row, block.config, block.linears, k) for k in KINDS}
     chosen: dict[str, tuple[Units, Tensor]] = {}
     biases: dict[str, Tensor] = {}
@@ -276,19 +281,21 @@ def _choose_units(
         for kind, group in units.items():
             if stage[0].name not in group.columns or saved[kind] >= group.count:
                 continue
-            weights = {la.name: block.weight(la.name) for la in block.linears}
-            problem = UnitProblem(group, weights, {stage[0].name: stats}, samples, block.number)
+            problem = _problem(block, group, folder, {stage[0].name: stats})
             order = step.method.run(problem, step.config).argsort(descending=True, stable=True)
             keep = order[: wanted[kind]].sort().values
             chosen[kind] = (group, torch.cat((keep, order[wanted[kind] : saved[kind]])))
             block.parameters = masked(block.parameters, group, keep)
-            if getattr(step.config, "bias", False) and _can_hold(block, stage[0].name):
-                for name, value in bias_of_removed(problem, keep).items():
+            for key, value in step.config.repair(problem, keep).items():
+                name, _, part = key.rpartition(".")
+                if part == "bias":
+                    if not _can_hold(block, name):
+                        continue
                     old = block.bias(name)
-                    biases[name] = value if old is None else old + value
-                    block.parameters[f"{name}.bias"] = biases[name]
+                    biases[name] = value = value if old is None else old + value
+                block.parameters[key] = value
 
-    return chosen, stream_block(block, hidden, visit, gram=False), biases
+    return chosen, stream_block(block, hidden, visit, "gram" in step.method.needs), biases
 
 
 def _best(scores: Tensor, count: int) -> Tensor:

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lissom.core import Stats, UnitProblem, Units
-from lissom.methods.structured import bias_of_removed
-from lissom.methods.structured.flap import FLAP, flap
+from lissom.methods.structured.flap import FLAP, bias_of_removed, flap
 from lissom.methods.structured.head_importance import HeadImportance, head_importance
 from lissom.methods.structured.llm_pruner import LLMPruner, llm_pruner
 from lissom.methods.structured.magnitude import StructuredMagnitude, structured_magnitude
 from lissom.methods.structured.shortgpt import ShortGPT, influence, shortgpt
+from lissom.methods.structured.surgeon_units import SurgeonUnits, surgeon_units, unit_costs
 
 
 def _problem(seed=0, units=3, each=2, width=5, samples=4):
@@ -116,6 +116,64 @@ def test_units_that_never_change_cost_nothing_under_flap():
     constant = UnitProblem(problem.units, problem.weights, {"down": Stats.of(X, gram=False)})
     scores = flap(constant, FLAP())
     assert int(scores.argmin()) == 1 and float(scores[1]) < 1e-3
+
+
+def _least(W, A, G, columns):
+    """min ½ tr(G Δ A Δᵀ) over weights on ``columns``, by the normal equations of all entries at once."""
+    free = torch.zeros(W.shape, dtype=torch.bool)
+    free[:, columns] = True
+    free = free.flatten()
+    H = torch.kron(G, A)  # of the entries of W, row by row
+    w = W.flatten()
+    delta = torch.zeros_like(w)
+    delta[~free] = -w[~free]
+    delta[free] = torch.linalg.solve(H[free][:, free], -(H[free][:, ~free] @ delta[~free]))
+    return float(0.5 * delta @ H @ delta), (w + delta).view_as(W)
+
+
+def _curved(seed=0):
+    problem, X = _problem(seed, units=4)
+    g = torch.randn(30, 5, generator=torch.Generator().manual_seed(seed + 1))
+    return UnitProblem(problem.units, problem.weights, {"down": Stats.of(X)}, {}, {"down": g.T @ g / 30}), X
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_surgeon_s_costs_are_what_the_whole_quadratic_form_says(seed):
+    problem, X = _curved(seed)
+    W, index = problem.weights["down"].double(), problem.units.columns["down"]
+    A = (X.double().T @ X.double()) / 40
+    A = A + 0.01 * A.diagonal().mean() * torch.eye(8)
+    G = problem.output_grams["down"].double() + 0.1 * problem.output_grams["down"].diagonal().mean() * torch.eye(5)
+    left = torch.tensor([0, 2, 3])  # unit 1 is gone already
+    before, _ = _least(W, A, G, index[left].flatten())
+    expected = [_least(W, A, G, index[left[left != u]].flatten())[0] - before for u in left]
+    assert unit_costs(W, A, G, index[left]).tolist() == pytest.approx(expected, rel=1e-8)
+    kept = torch.tensor([0, 3])
+    repaired = SurgeonUnits().repair(problem, kept)["down.weight"].double()
+    assert torch.allclose(repaired, _least(W, A, G, index[kept].flatten())[1], atol=1e-4)
+    assert not SurgeonUnits(update=False).repair(problem, kept)
+
+
+def test_units_go_one_by_one_where_rounds_allow_and_what_others_can_replace_goes_first():
+    problem, X = _curved()
+    index = problem.units.columns["down"]
+    X[:, index[2]] = X[:, index[0]] + X[:, index[3]]  # says nothing of its own
+    problem = UnitProblem(problem.units, problem.weights, {"down": Stats.of(X)}, {}, problem.output_grams)
+    scores = surgeon_units(problem, SurgeonUnits(rounds=4, damping=1e-5))
+    first = int(scores.argmin())
+    assert first in (0, 2, 3) and float(scores[first]) < 1e-3 * float(scores.sort().values[1])
+    keep = torch.tensor([u for u in range(4) if u != first])
+    new = SurgeonUnits(damping=1e-5).repair(problem, keep)["down.weight"]
+    assert torch.allclose(X @ new.T, X @ problem.weights["down"].T, atol=1e-2)
+    left, order = torch.arange(4), []
+    W, A = problem.weights["down"], X.T @ X / 40
+    A = A + 1e-5 * A.diagonal().mean() * torch.eye(8)
+    G = problem.output_grams["down"] + 0.1 * problem.output_grams["down"].diagonal().mean() * torch.eye(5)
+    while len(left):
+        u = int(unit_costs(W, A, G, index[left]).argmin())
+        order.append(int(left[u]))
+        left = left[left != left[u]]
+    assert scores.argsort().tolist() == order
 
 
 def test_block_influence_and_the_choice_of_blocks():

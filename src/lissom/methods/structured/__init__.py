@@ -2,7 +2,7 @@
 
 from ...core import Method
 from .compresso import Compresso, compresso
-from .flap import FLAP, bias_of_removed, flap
+from .flap import FLAP, flap
 from .head_gates import HeadGates, head_gates
 from .head_importance import HeadImportance, head_importance
 from .l0 import L0, l0
@@ -12,6 +12,7 @@ from .magnitude import StructuredMagnitude, structured_magnitude
 from .random_units import RandomUnits, random_units
 from .sheared import Sheared, sheared
 from .shortgpt import ShortGPT, influence, shortgpt
+from .surgeon_units import SurgeonUnits, surgeon_units
 from .widths import widths
 
 _TRAINED = frozenset({"gradients", "data", "training"})
@@ -34,6 +35,10 @@ METHODS = {
         Method(
             "llm-pruner", "structured", "units", "units by first-order change of the loss", "arXiv 2305.11627",
             LLMPruner, llm_pruner, needs=frozenset({"gradients"}),
+        ),
+        Method(
+            "surgeon-units", "structured", "units", "units by Kronecker curvature, the layer behind solved again",
+            "arXiv 2312.17244", SurgeonUnits, surgeon_units, needs=frozenset({"gram", "gradients"}),
         ),
         Method(
             "head-importance", "structured", "units", "heads by the gradient of their gate", "arXiv 1905.10650",
@@ -66,4 +71,4 @@ METHODS = {
     )
 }  # fmt: skip
 
-__all__ = ["METHODS", "bias_of_removed", "factor", "influence", "widths"]
+__all__ = ["METHODS", "factor", "influence", "widths"]

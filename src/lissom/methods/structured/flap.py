@@ -26,6 +26,9 @@ class FLAP(Widths):
 
     bias: bool = True
 
+    def repair(self, problem: UnitProblem, keep: Tensor) -> dict[str, Tensor]:
+        return {f"{n}.bias": b for n, b in bias_of_removed(problem, keep).items()} if self.bias else {}
+
 
 def flap(problem: UnitProblem, config: FLAP) -> Tensor:
     """Score of every unit, (units,)."""

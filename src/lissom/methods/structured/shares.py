@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+
+from ...core import UnitProblem
+
 
 @dataclass(frozen=True)
 class Widths:
@@ -26,6 +30,10 @@ class Widths:
             raise ValueError(
                 "search must not be negative, and needs a spread: it looks for widths that differ by block"
             )
+
+    def repair(self, problem: UnitProblem, keep: Tensor) -> dict[str, Tensor]:
+        """What makes up for the units that are not in ``keep``: tensors of the layers that read them, by name."""
+        return {}
 
 
 @dataclass(frozen=True)
