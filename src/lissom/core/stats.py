@@ -122,28 +122,18 @@ class Tally:
         X = X.reshape(-1, X.shape[-1]).to(s.sum.dtype)
         if not len(X):
             return
-        if weights is not None:
-            self._weigh(X, weights.to(X.dtype))
-            return
-        s.sum.add_(X.sum(0))
         magnitudes = X.new_empty(min(_ROWS, len(X)), X.shape[1])
         for part in X.split(_ROWS):
             torch.maximum(s.absmax, torch.abs(part, out=magnitudes[: len(part)]).amax(0), out=s.absmax)
+        if weights is None:
+            s.sum.add_(X.sum(0))
+        else:
+            s.sum.addmv_(X.T, weights.to(X.dtype))
+            X = X * weights.to(X.dtype).sqrt()[:, None]
         if s.gram is None:
             s.sumsq.add_(X.square().sum(0))
         else:
             add_gram(s.gram, X)
-        self._sums = replace(s, count=s.count + len(X))
-
-    def _weigh(self, X: Tensor, weights: Tensor) -> None:
-        s = self._sums
-        torch.maximum(s.absmax, X.abs().amax(0), out=s.absmax)
-        s.sum.addmv_(X.T, weights)
-        root = X * weights.sqrt()[:, None]
-        if s.gram is None:
-            s.sumsq.add_(root.square_().sum(0))
-        else:
-            add_gram(s.gram, root)
         self._sums = replace(s, count=s.count + len(X))
 
     def stats(self) -> Stats:
