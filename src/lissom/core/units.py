@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +28,11 @@ class Units:
     @property
     def count(self) -> int:
         return len(next(iter(self.columns.values())))
+
+    def to(self, device: str | torch.device) -> Units:
+        """The same with indices on ``device``."""
+        rows, columns = ({n: i.to(device) for n, i in side.items()} for side in (self.rows, self.columns))
+        return replace(self, rows=rows, columns=columns)
 
     def reduce(self, values: Mapping[str, Tensor]) -> Tensor:
         """Sum over each unit of the entries of ``values`` (layer name → (out, in)), (units,). Missing layers add nothing."""

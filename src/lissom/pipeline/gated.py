@@ -37,6 +37,7 @@ from ..train import (
     train,
 )
 from . import gradients
+from .healing import hardware
 from .recipe import Step
 
 Tick = Callable[[str, int, int], None]
@@ -105,7 +106,7 @@ class _Texts:
 
     def read(self, network: Network, ids: Tensor) -> tuple[Any, Tensor]:
         """Outputs for ``ids`` and the ids that they belong to, the prompt in front and cut away again."""
-        whole = torch.cat((self.prompt.expand(len(ids), -1), ids), 1)
+        whole = torch.cat((self.prompt.to(ids.device).expand(len(ids), -1), ids), 1)
         out = network.forward(whole)
         out.logits = out.logits[:, len(self.prompt) :]
         return out, ids
@@ -117,7 +118,7 @@ class _Texts:
 
 def _loss(model: Model, student: Network, config: Any, texts: _Texts) -> Callable[[Tensor], Tensor]:
     objective = Objective(text=config.text, logits=config.logits)
-    teacher = Network(model) if config.logits else None
+    teacher = Network(model).to(student.device) if config.logits else None
 
     def loss(ids: Tensor) -> Tensor:
         ours, own = texts.read(student, ids)
@@ -130,6 +131,7 @@ def _loss(model: Model, student: Network, config: Any, texts: _Texts) -> Callabl
 
 def _settings(config: Any) -> Training:
     return Training(
+        precision=hardware(config)[1],
         steps=config.steps, accumulate=config.accumulate, learning_rate=config.learning_rate, warmup=config.warmup,
         evaluate_every=config.evaluate_every, save_every=config.evaluate_every, keep_best=False,
     )  # fmt: skip
@@ -147,6 +149,7 @@ def _with_gates(
     counts |= {k: units_of(model.architecture, model.config, model.linears(0), k).count for k in ("heads", "neurons")}
     share = {k: keep[k] / n for k, n in counts.items() if keep[k] < n}
     gates = Gates(student, list(share), config.seed)
+    student.to(hardware(config)[0])
     fixed = getattr(config, "penalty", None)
     constraints = 0 if fixed is not None else len(step.method.run(gates.problem(share, 0.0), config))
     own = gates.leaves(constraints)
@@ -156,7 +159,9 @@ def _with_gates(
     loading: Hook | None = None
     if texts.domains:
         shares = leaves["shares"] = torch.tensor([texts.data.shares[n] for n in texts.domains], dtype=torch.float64)
-        loading = _dynamic_loading(texts, student, gates, texts.losses(Network(model)), shares, config.reload_every)
+        loading = _dynamic_loading(
+            texts, student, gates, texts.losses(Network(model).to(student.device)), shares, config.reload_every
+        )
     plain, now = _loss(model, student, config, texts), {"progress": 0.0}
 
     def before_step(number: int, progress: float) -> None:
@@ -185,9 +190,9 @@ def _with_gates(
     record: dict[str, Any] = {"history": _history(state), "expected_open": expected}
     if texts.domains:
         record["shares"] = dict(zip(texts.domains, leaves["shares"].tolist(), strict=True))
-    scores = gates.scores()
+    scores = {k: s.cpu() for k, s in gates.scores().items()}
     student.settle()
-    return Trained(student, scores, record)
+    return Trained(student.to("cpu"), scores, record)
 
 
 def _dynamic_loading(
@@ -219,6 +224,7 @@ def _with_projections(
     config = step.config
     saliency = _saliency(model, ids, folder, tick)
     scores = {k: v.clone() for k, v in saliency.items()}
+    device = student.to(hardware(config)[0]).device
     groups = []  # (units, redundant indices, their rank in [0, 1), their factors, the leaf)
     leaves = student.leaves()
     gates: dict[str, list[tuple[str, Tensor, Tensor]]] = {}
@@ -230,8 +236,10 @@ def _with_projections(
                 continue
             order = saliency[kind][block.number].argsort(stable=True)[:gone]
             scores[kind][block.number, order] = -1.0
-            z = leaves[f"factors:{kind}:{block.number}"] = torch.ones(gone)
-            groups.append((block, units, order, torch.arange(gone) / gone, z))
+            z = leaves[f"factors:{kind}:{block.number}"] = torch.ones(gone, device=device)
+            order, rank = order.to(device), torch.arange(gone, device=device) / gone
+            units = units.to(device)
+            groups.append((block, units, order, rank, z))
             for side, table in (("rows", units.rows), ("columns", units.columns)):
                 for name, index in table.items():
                     gates.setdefault(f"{name}.weight", []).append((side, index[order], z))
@@ -250,9 +258,8 @@ def _with_projections(
     def after_step(number: int, progress: float) -> None:
         reached = (number + 1) / config.steps
         for (block, units, order, rank, z), old in zip(groups, before, strict=True):
-            gone = z == 0
-            z.copy_(torch.minimum(z, factor(rank, reached, config)))
-            z[gone | step.method.run(old, entries(block, units, order), config)] = 0.0
+            gone = (z == 0) | step.method.run(old, entries(block, units, order), config)
+            z.copy_(torch.where(gone, 0.0, torch.minimum(z, factor(rank, reached, config))))
 
     state = train(
         leaves, _loss(model, student, config, texts), texts.data, _settings(config),
@@ -262,7 +269,7 @@ def _with_projections(
     )  # fmt: skip
     left = sum(int((z > 0).sum()) for *_, z in groups)
     student.settle()
-    return Trained(student, scores, {"history": _history(state), "not_yet_zero": left})
+    return Trained(student.to("cpu"), scores, {"history": _history(state), "not_yet_zero": left})
 
 
 @dataclass
@@ -281,7 +288,7 @@ class _Shrunk:
 
     def _applied(self, w: Tensor) -> Tensor:
         for side, index, z in self.cuts:
-            scale = torch.ones(w.shape[0] if side == "rows" else w.shape[1])
+            scale = w.new_ones(w.shape[0] if side == "rows" else w.shape[1])
             scale[index.flatten()] = z.repeat_interleave(index.shape[1])
             w = w * (scale[:, None] if side == "rows" else scale)
         return w

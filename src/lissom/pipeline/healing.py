@@ -49,11 +49,13 @@ def teacher_of(dense: Model, step: Step) -> Model:
 
 
 def teacher_problems(dense: Model, student: Model, recipe: Recipe) -> list[str]:
-    """Teachers that cannot teach ``student``, the model as structured steps will leave it."""
-    out = []
+    """Teachers that cannot teach ``student``, the model as structured steps will leave it, and hardware that is not there."""
+    out = [
+        f"{step.name}: no CUDA device is to be seen; leave device at auto, which takes the processor"
+        for step in recipe.steps
+        if getattr(step.config, "device", "auto") == "cuda" and not torch.cuda.is_available()
+    ]
     for step in training_steps(recipe):
-        if step.config.device == "cuda" and not torch.cuda.is_available():
-            out.append(f"{step.name}: no CUDA device is to be seen; leave device at auto, which takes the processor")
         teacher = teacher_of(dense, step)
         theirs, ours = teacher.config.vocab_size, student.config.vocab_size
         if theirs != ours:

@@ -204,7 +204,11 @@ class Gated:
 
 
 def _moved(leaf: Tensor, device: str | torch.device) -> Tensor:
-    return leaf if leaf.device == torch.device(device) else leaf.detach().to(device).requires_grad_(leaf.requires_grad)
+    return (
+        leaf
+        if leaf.device == torch.empty(0, device=device).device
+        else leaf.detach().to(device).requires_grad_(leaf.requires_grad)
+    )
 
 
 def solved_of(form: Latent | LoRA, before: Solved) -> Solved:

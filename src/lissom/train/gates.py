@@ -66,10 +66,10 @@ class Gates:
         forms[name] = Gated(inner, gates, unit, side, f"gates:{label}")  # type: ignore[arg-type]
 
     def leaves(self, constraints: int) -> dict[str, Tensor]:
-        """Leaves of gates, and multipliers (constraints, 2) that start at zero."""
+        """Leaves of gates, and multipliers (constraints, 2) that start at zero, where the network is by now."""
         out = {f"gates:{k}": g.log_alpha for k, g in self.of.items()}
         if constraints:
-            self.multipliers = torch.zeros(constraints, 2, requires_grad=True)
+            self.multipliers = torch.zeros(constraints, 2, device=self.network.device, requires_grad=True)
             out["multipliers"] = self.multipliers
         return out
 

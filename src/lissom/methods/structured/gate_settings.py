@@ -15,7 +15,8 @@ class UnitTraining:
     ``steps`` of ``batch`` windows of ``length`` tokens of ``data`` (a file or a name; empty: the calibration's), with the
     losses ``text`` (next token) and ``logits`` (KL to the dense model). ``weights``: what is trained besides: "all" linear
     layers, "lora" updates of ``rank``, or "frozen". ``gate_rate``: learning rate of gates and multipliers. The target
-    sparsity rises linearly over the share ``ramp`` of the training. ``target``, ``of``: a size that the result must not exceed.
+    sparsity rises linearly over the share ``ramp`` of the training. ``device`` ``auto``: a GPU where there is one, and then
+    ``precision`` ``auto`` is bfloat16. ``target``, ``of``: a size that the result must not exceed.
     """
 
     keep_heads: float = 1.0
@@ -37,6 +38,8 @@ class UnitTraining:
     logits: float = 0.0
     held_out: int = 4
     evaluate_every: int = 50
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
