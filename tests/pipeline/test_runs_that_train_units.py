@@ -49,7 +49,7 @@ def test_the_shape_is_reached_and_transformers_loads_it(trained, tmp_path, step,
     assert not (tmp_path / "out" / "smaller").exists()
 
 
-class _Enough(Exception):
+class _SteppedError(Exception):
     pass
 
 
@@ -78,10 +78,10 @@ def test_on_a_gpu_nothing_stays_behind(trained, tmp_path, monkeypatch, step):
         assert {t.grad.device.type for t in leaves.values() if t.grad is not None} == {"meta"}
         if after_step:
             after_step(0, 0.0)
-        raise _Enough
+        raise _SteppedError
 
     monkeypatch.setattr(gated, "train", one_step)
-    with pytest.raises(_Enough):
+    with pytest.raises(_SteppedError):
         compress(trained, tmp_path / "out", [{**TRAIN, **step}], overrides=SMALL)
 
 
