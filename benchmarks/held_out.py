@@ -71,6 +71,12 @@ def shipped(name: str) -> list[dict[str, Any]]:
     return read(name).describe()["steps"]
 
 
+def _with(name: str, **settings: Any) -> list[dict[str, Any]]:
+    """A shipped recipe with other settings of its last step."""
+    *first, last = shipped(name)
+    return [*first, last | settings]
+
+
 PRUNED = {"use": "sparsegpt", "sparsity": 0.7}
 BEST = [CLUSTERS, alps(sparsity=0.7)]
 REPAIR, REFIT = {"use": "dsnot"}, {"use": "refit"}
@@ -103,6 +109,8 @@ TOKENS: dict[str, tuple[list[dict[str, Any]], float]] = {
     **{f"gptq-descent, 2 bits in groups of 32, tokens^{e}": (TWO_BITS, e) for e in (0, 0.5)},
     **{f"recipe int3, tokens^{e}": (shipped("int3"), e) for e in (0, 0.25, 0.5)},
     **{f"recipe int4, tokens^{e}": (shipped("int4"), e) for e in (0, 0.5)},
+    **{f"recipe aggressive (INT4), tokens^{e}": (shipped("aggressive"), e) for e in (0, 0.5)},
+    "recipe aggressive (INT4, ranges by MSE), tokens^0": (_with("aggressive", range="mse"), 0),
 }
 # name → samples, their length, and the texts that take turns; all with BEST
 TEXTS: dict[str, tuple[int, int, tuple[str, ...]]] = {
