@@ -21,7 +21,7 @@ from main_table import DATA, HERE, evaluation_on, lissom
 
 ROWS, FIGURE = HERE / "rows" / "healing", HERE / "figures" / "healing.png"
 CASES = {
-    "70": ["--set", "sparsity=0.7"],
+    "70": ["--set", "sparsity=0.7", "--format", "dense"],
     "4:16+int4": ["--set", "pattern=4:16", "--set", "sparsity=null", "--set", "bits=4", "--set", "group_size=64", "--format", "packed"],
 }  # fmt: skip
 HEAL = {
@@ -65,7 +65,7 @@ def run(case: str, stage: str, folder: Path, samples: int, more: dict[str, Any])
         recipe = folder / f"{stage}.yaml"
         step = {**HEAL, **TRAININGS[stage], **more, "data": training_text(folder)}
         recipe.write_text(json.dumps({"steps": [step]}), encoding="utf-8")
-        given = [str(folder / "reconstruct"), str(out), "--recipe", str(recipe)]
+        given = [str(folder / "reconstruct"), str(out), "--recipe", str(recipe), *CASES[case][-2:]]
     else:
         given = [
             "demo",

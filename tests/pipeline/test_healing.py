@@ -185,10 +185,44 @@ def test_a_model_that_was_compressed_before_heals_alone_against_a_named_teacher(
         name = f"{row['name']}.weight"
         old, new = (c.tensor(name) for c in (before, after))
         assert not new[old == 0].any() and not torch.equal(old, new)
-    packed = tmp_path / "packed"
-    compress(trained, packed, [{"use": "gptq", "bits": 4, "group_size": 32}], overrides=[*SMALL, "format=packed"])
-    with pytest.raises(RecipeError, match="is stored as packed, whose masks and grids would be lost"):
-        plan(packed, [step])
+
+
+@pytest.mark.parametrize(
+    "solver, save",
+    [
+        ({"use": "sparsegpt", "pattern": "4:16", "bits": 4, "group_size": 32}, ["format=packed", "embedding_bits=8"]),
+        ({"use": "sparsegpt", "sparsity": 0.7}, ["format=packed"]),
+        ({"use": "rtn", "bits": 2, "group_size": 32}, ["format=packed"]),
+    ],
+)
+def test_a_packed_model_heals_alone_on_the_masks_and_grids_that_it_is_stored_with(trained, tmp_path, solver, save):
+    source, out = tmp_path / "source", tmp_path / "out"
+    before = compress(trained, source, [solver], overrides=[*SMALL, *save])
+    step = {**HEAL, "steps": 8, "teacher": str(trained)}
+    with pytest.raises(
+        RecipeError, match=r"is stored as .*; save as .* too .format=.*, so that its masks and grids stay"
+    ):
+        plan(source, [step])
+    made = compress(source, out, [step], overrides=[*SMALL, save[0]])
+    assert made["healing"]["heal"][-1]["held_out"] < made["healing"]["heal"][0]["held_out"]
+    assert made["bytes"] == pytest.approx(before["bytes"], rel=0.02)
+    assert [(r["pattern"], r["bits"]) for r in made["layers"]] == [(r["pattern"], r["bits"]) for r in before["layers"]]
+    assert _grids(source) == _grids(out)
+    pairs = [[open_model(p).layer(row["name"]) for p in (source, out)] for row in made["layers"]]
+    assert any(not torch.equal(old.weight, new.weight) for old, new in pairs)
+    for old, new in pairs:
+        assert (old.mask is None) == (new.mask is None) and (old.mask is None or torch.equal(old.mask, new.mask))
+
+
+def test_what_forgets_masks_or_is_no_uniform_grid_is_not_trained(trained, tmp_path):
+    step = {"use": "rtn", "bits": 4, "group_size": 32, "symmetric": True}
+    compress(trained, tmp_path / "other", [step], overrides=[*SMALL, "format=compressed-tensors"])
+    with pytest.raises(RecipeError, match="stored as compressed-tensors, whose masks and grids would be lost"):
+        plan(tmp_path / "other", [{**HEAL, "teacher": str(trained)}], overrides=["format=compressed-tensors"])
+    step = {"use": "codebook", "bits": 3, "group_size": 0, "table": "kmeans"}
+    compress(trained, tmp_path / "source", [step], overrides=[*SMALL, "format=packed"])
+    with pytest.raises(RecipeError, match="whose masks and grids would be lost"):
+        plan(tmp_path / "source", [{**HEAL, "teacher": str(trained)}], overrides=["format=packed"])
 
 
 def test_inner_states_are_matched_when_asked_for(trained, tmp_path):

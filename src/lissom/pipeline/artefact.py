@@ -91,22 +91,33 @@ class Artefact:
         self._pending |= {f"{name}.{k}": v for k, v in local.items()}
         return stored, sum(t.numel() * t.element_size() for t in local.values())
 
+    def carried(self, name: str) -> tuple[Solved | None, str]:
+        """A matrix as the source stores it, with its pattern, where both are packed (other formats forget masks); else None."""
+        source = self.model.checkpoint
+        if {getattr(source, "format", ""), self.save.format} != {"packed"} or name not in getattr(
+            source, "entries", {}
+        ):
+            return None, "dense"
+        held: StoredLayer = source.layer(name)  # type: ignore[attr-defined]
+        solved = Solved(held.weight, held.codes, held.mask, torch.zeros(len(held.weight)), stored=held.form)
+        return solved, held.pattern
+
     def layer(
         self, block: Block, layer: Linear, result: LayerResult | None, cluster: int | None
     ) -> tuple[LayerRecord, Tensor]:
-        """Encode a linear layer (dense when no step touched it)."""
+        """Encode a linear layer; one that no step touched is stored as in the source, see :meth:`carried`, or dense."""
         transposed = self.model.architecture.transposed
-        if result is None:
+        solved, pattern = (result.solved, result.pattern) if result else self.carried(layer.name)
+        if solved is None:
             kept = block.weight(layer.name).to(self.dtype)
             self._pending[f"{layer.name}.weight"] = (kept.T if transposed else kept).contiguous()
-            stored, size, pattern, bits, group = kept.float(), kept.numel() * kept.element_size(), "dense", 16, None
+            stored, size, bits, group = kept.float(), kept.numel() * kept.element_size(), 16, None
         else:
-            pattern = result.pattern
             grid = self.model.operators.activations
             bits = grid.bits if grid and layer.stage in grid.stages else None
             layout = Layout(self.dtype, pattern, transposed, bits, bool(grid and grid.static))
-            stored, size = self.store(layer.name, result.solved, layout)
-            bits, group = grid_of(result.solved.codes or result.solved.stored) or (16, None)
+            stored, size = self.store(layer.name, solved, layout)
+            bits, group = grid_of(solved.codes or solved.stored) or (16, None)
         scale = block.operators.scales.get(layer.stage) if block.operators else None
         if scale is not None and isinstance(self.codec, CompressedTensors):
             self._pending[f"{layer.name}.input_scale"] = torch.tensor([scale], dtype=torch.float16)
@@ -162,6 +173,8 @@ class Artefact:
                 out[name], _ = self.store(
                     name.removesuffix(".weight"), problem.project(problem.weight), Layout(self.dtype)
                 )
+            elif (held := self.carried(name.removesuffix(".weight"))[0]) is not None:
+                out[name], _ = self.store(name.removesuffix(".weight"), held, Layout(self.dtype))
             else:
                 kept = value.to(self.dtype) if value.is_floating_point() else value
                 self._pending[name], out[name] = kept, kept.float() if value.is_floating_point() else kept

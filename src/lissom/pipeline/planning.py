@@ -96,10 +96,17 @@ def make_plan(model: Model, recipe: Recipe, out: Path | None = None, calibration
         )
     stored = getattr(model.checkpoint, "format", "dense")
     if trained and not solvers and stored not in ("dense", "planned"):
-        problems.append(
-            f"{trained[0].name}: {model.checkpoint.source} is stored as {stored}, whose masks and grids would be lost by "
-            "training alone; start from the dense model and put the training into the recipe that compressed it"
-        )
+        kept = stored == "packed" and not any("form" in e for e in getattr(model.checkpoint, "entries", {}).values())
+        if not kept:
+            problems.append(
+                f"{trained[0].name}: {model.checkpoint.source} is stored as {stored}, whose masks and grids would be lost by "
+                "training alone; start from the dense model and put the training into the recipe that compressed it"
+            )
+        elif recipe.save.format != stored:
+            problems.append(
+                f"{trained[0].name}: {model.checkpoint.source} is stored as {stored}; save as {stored} too (format={stored}), "
+                "so that its masks and grids stay"
+            )
     positions, length = getattr(model.config, "max_position_embeddings", None), recipe.calibration.length
     if positions and length > positions:
         text = f"calibration: samples of {length} tokens are longer than the {positions} positions of the model"
