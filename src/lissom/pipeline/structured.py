@@ -209,7 +209,7 @@ def _choose_channels(model: Model, step: Step, count: int, ids: Tensor, folder: 
     for i in range(model.blocks):
         block = model.load_block(i)
         units = units_of(block.row, block.config, block.linears, "channels")
-        total += step.method.run(_problem(block, units, folder, {}), step.config)
+        total += step.method.run(_problem(block, units, gradients.block_extras(folder, i), {}), step.config)
     for file in folder.glob("gradients-*.safetensors"):
         file.unlink()
     return _best(total, count)
@@ -238,11 +238,12 @@ def _counts(
     for i in blocks:
         block = model.load_block(i)
         units = {k: units_of(block.row, block.config, block.linears, k) for k in KINDS}
+        extras = gradients.block_extras(folder, i)
 
         def visit(stage: tuple[Linear, ...], stats: Stats) -> None:
             for kind, group in units.items():  # noqa: B023  (called while this block streams)
                 if stage[0].name in group.columns:
-                    problem = _problem(block, group, folder, {stage[0].name: stats})  # noqa: B023
+                    problem = _problem(block, group, extras, {stage[0].name: stats})  # noqa: B023
                     scores[kind].append(step.method.run(problem, step.config))
 
         here = stream_block(block, here, visit, "gram" in step.method.needs)
@@ -258,11 +259,10 @@ def _gather(model: Model, step: Step, ids: Tensor, folder: Path, tick: Tick | No
         gradients.gather(model, ids, folder, gradients.WANTED[step.name], tick)
 
 
-def _problem(block: Block, units: Units, folder: Path, inputs: Mapping[str, Stats]) -> UnitProblem:
-    weights, extras = (
-        {la.name: block.weight(la.name) for la in block.linears},
-        gradients.block_extras(folder, block.number),
-    )
+def _problem(
+    block: Block, units: Units, extras: Mapping[str, Mapping[str, Tensor]], inputs: Mapping[str, Stats]
+) -> UnitProblem:
+    weights = {la.name: block.weight(la.name) for la in block.linears}
     samples, grams = ({n: e[key] for n, e in extras.items() if key in e} for key in ("samples", "output_gram"))
     return UnitProblem(units, weights, inputs, samples, grams, block.number)
 
@@ -272,7 +272,7 @@ def _choose_units(
 ) -> tuple[dict[str, tuple[Units, Tensor]], list[Tensor], dict[str, Tensor]]:
     """Units in the file, {kind: (units, indices)}: the ``wanted`` ones that stay first, then others, set to zero, up to the
     width of ``shape``; the block's outputs without the others; biases in their place."""
-    saved = asdict(shape)
+    saved, extras = asdict(shape), gradients.block_extras(folder, block.number)
     units = {k: units_of(block.row, block.config, block.linears, k) for k in KINDS}
     chosen: dict[str, tuple[Units, Tensor]] = {}
     biases: dict[str, Tensor] = {}
@@ -281,7 +281,7 @@ def _choose_units(
         for kind, group in units.items():
             if stage[0].name not in group.columns or saved[kind] >= group.count:
                 continue
-            problem = _problem(block, group, folder, {stage[0].name: stats})
+            problem = _problem(block, group, extras, {stage[0].name: stats})
             order = step.method.run(problem, step.config).argsort(descending=True, stable=True)
             keep = order[: wanted[kind]].sort().values
             chosen[kind] = (group, torch.cat((keep, order[wanted[kind] : saved[kind]])))
