@@ -147,7 +147,7 @@ def test_a_surgeon_s_costs_are_what_the_whole_quadratic_form_says(seed):
     left = torch.tensor([0, 2, 3])  # unit 1 is gone already
     before, _ = _least(W, A, G, index[left].flatten())
     expected = [_least(W, A, G, index[left[left != u]].flatten())[0] - before for u in left]
-    assert unit_costs(W, A, G, index[left]).tolist() == pytest.approx(expected, rel=1e-8)
+    assert unit_costs(W @ A, A, G, index[left]).tolist() == pytest.approx(expected, rel=1e-8)
     kept = torch.tensor([0, 3])
     repaired = SurgeonUnits().repair(problem, kept)["down.weight"].double()
     assert torch.allclose(repaired, _least(W, A, G, index[kept].flatten())[1], atol=1e-4)
@@ -170,7 +170,7 @@ def test_units_go_one_by_one_where_rounds_allow_and_what_others_can_replace_goes
     A = A + 1e-5 * A.diagonal().mean() * torch.eye(8)
     G = problem.output_grams["down"] + 0.1 * problem.output_grams["down"].diagonal().mean() * torch.eye(5)
     while len(left):
-        u = int(unit_costs(W, A, G, index[left]).argmin())
+        u = int(unit_costs(W @ A, A, G, index[left]).argmin())
         order.append(int(left[u]))
         left = left[left != left[u]]
     assert scores.argsort().tolist() == order

@@ -55,14 +55,14 @@ def surgeon_units(problem: UnitProblem, config: SurgeonUnits) -> Tensor:
     """Score of every unit, (units,): what its removal cost when its turn came, rising with the turn."""
     [(name, index)] = problem.units.columns.items()
     W, A = _layer(problem, name, config.damping)
-    G, _ = damped(problem.output_grams[name], config.damping_out)
+    G, target = damped(problem.output_grams[name], config.damping_out)[0], W @ A
     count, left = len(index), torch.arange(len(index))
     turns, prices = [], []
     for r in range(1, config.rounds + 1):
         going = len(left) - round(count * (1 - r / config.rounds))
         if not going:
             continue
-        costs = unit_costs(W, A, G, index[left])
+        costs = unit_costs(target, A, G, index[left])
         order = costs.argsort(stable=True)[:going]
         turns.append(left[order])
         prices.append(costs[order])
@@ -71,12 +71,12 @@ def surgeon_units(problem: UnitProblem, config: SurgeonUnits) -> Tensor:
     return torch.zeros(count).index_copy(0, torch.cat(turns), rising)
 
 
-def unit_costs(W: Tensor, A: Tensor, G: Tensor, units: Tensor) -> Tensor:
-    """By how much the least ½ tr(G Δ A Δᵀ) grows when one more of ``units`` (units, k) goes, columns of ``W`` (out, in) of which all
-    others are gone already, (units,)."""
+def unit_costs(target: Tensor, A: Tensor, G: Tensor, units: Tensor) -> Tensor:
+    """By how much the least ½ tr(G Δ A Δᵀ) grows when one more of ``units`` (units, k) goes, columns of W (out, in) of which all
+    others are gone already, (units,). ``target``: W A."""
     columns, (n, k) = units.flatten(), units.shape
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(A[columns][:, columns]))
-    V = (W @ A)[:, columns] @ inverse
+    V = target[:, columns] @ inverse
     own = inverse.view(n, k, n, k).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [A⁻¹]_UU of each
     each = V.view(-1, n, k).permute(1, 2, 0)  # (n, k, out)
     products = each @ G @ each.mT
