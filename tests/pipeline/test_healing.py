@@ -219,6 +219,10 @@ def test_what_forgets_masks_or_is_no_uniform_grid_is_not_trained(trained, tmp_pa
     compress(trained, tmp_path / "other", [step], overrides=[*SMALL, "format=compressed-tensors"])
     with pytest.raises(RecipeError, match="stored as compressed-tensors, whose masks and grids would be lost"):
         plan(tmp_path / "other", [{**HEAL, "teacher": str(trained)}], overrides=["format=compressed-tensors"])
+    compress(trained, tmp_path / "packed", [{**step, "symmetric": False}], overrides=[*SMALL, "format=packed"])
+    turned = [{"use": "quarot"}, {**HEAL, "teacher": str(trained)}]  # writes other weights
+    with pytest.raises(RecipeError, match="stored as packed, whose masks and grids would be lost"):
+        plan(tmp_path / "packed", turned, overrides=["format=packed"])
     step = {"use": "codebook", "bits": 3, "group_size": 0, "table": "kmeans"}
     compress(trained, tmp_path / "source", [step], overrides=[*SMALL, "format=packed"])
     with pytest.raises(RecipeError, match="whose masks and grids would be lost"):

@@ -96,7 +96,8 @@ def make_plan(model: Model, recipe: Recipe, out: Path | None = None, calibration
         )
     stored = getattr(model.checkpoint, "format", "dense")
     if trained and not solvers and stored not in ("dense", "planned"):
-        kept = stored == "packed" and not any("form" in e for e in getattr(model.checkpoint, "entries", {}).values())
+        kept = stored == "packed" and all(s.method.kind in ("training", "operator") for s in recipe.steps)
+        kept = kept and not any("form" in entry for entry in getattr(model.checkpoint, "entries", {}).values())
         if not kept:
             problems.append(
                 f"{trained[0].name}: {model.checkpoint.source} is stored as {stored}, whose masks and grids would be lost by "
