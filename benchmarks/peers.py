@@ -76,6 +76,7 @@ def peer_rows() -> dict[str, dict[str, Any]]:
                 "batch": 4,
             }
             out[f"AutoRound W{bits} {word}, 20 iterations of 4"] = rounds
+            out[f"AutoRound W{bits} {word}, 200 iterations of 4"] = rounds | {"iterations": 200}
     for method in ("random", "magnitude"):
         job = {"tool": "torch-pruning", "method": method, "remove": 320 / 1536}  # what lissom rounds 20% to
         out[f"Torch-Pruning {method}, 20% of the neurons"] = job
@@ -90,7 +91,12 @@ def lissom_rows() -> dict[str, list[str]]:
         out[f"lissom sparsegpt {sparsity:.0%}"] = ["--recipe", "sparsegpt", "--set", value]
         whole = ["--set", "bits=16", "--set", "embedding_bits=16"]
         out[f"lissom aggressive {sparsity:.0%}"] = ["--recipe", "aggressive", "--set", value, *whole]
-    recipes = {"GPTQ": "int3", "descent": "gptq-descent", "autoround": "autoround"}
+    recipes = {
+        "GPTQ": "int3",
+        "descent": "gptq-descent",
+        "autoround": "autoround",
+        "GPTQ + reconstruct": str(HERE / "recipes" / "gptq-reconstruct.yaml"),
+    }
     for bits in (3, 4):
         for symmetric, word in (("true", "sym"), ("false", "asym")):
             for name, recipe in recipes.items():
