@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from study import into_results
 from torch import Tensor
 
 from lissom.evaluate import load_text, samples, tokenize
@@ -216,10 +217,7 @@ def main() -> None:
                 with KEPT.open("a") as file:
                     file.write(json.dumps(found[name]) + "\n")
             print(f"{name:40} {found[name]['perplexity']:8.2f} {found[name]['cpu_seconds']:6.1f} s", flush=True)
-    page = HERE / "RESULTS.md"
-    block = f"<!-- held-out -->\n{render(found)}\n<!-- /held-out -->"
-    text = page.read_text(encoding="utf-8")
-    page.write_text(re.sub("<!-- held-out -->.*<!-- /held-out -->", lambda _: block, text, flags=re.S), "utf-8")
+    into_results("held-out", [render(found)])
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
     .venv/bin/python benchmarks/kbit_study.py [MODEL] [--groups 0,32,64,128] [--samples 8] [--windows 8] [--length 512] [--render]
 
-One pass over the blocks for each group size; its rows go to benchmarks/rows-kbit/, and passes that are there are not run again.
+One pass over the blocks for each group size; its rows go to benchmarks/rows/kbit/, and passes that are there are not run again.
 Every choice is solved by the joint error-feedback sweep on the *dense* model's inputs (all choices of a pass in one stack), and
 without zeros by rounding to nearest too. Evaluation windows stream along through each of the models, in memory, with the
 embedding in 8 bits. Total bits are those of the packed form: codes of the weights that are not zero, masks, scales, zero
-points, 8-bit embedding, norms. `--render` draws benchmarks/kbit.png and prints the Pareto front.
+points, 8-bit embedding, norms. `--render` draws benchmarks/figures/kbit.png and prints the Pareto front.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from study import DATA, study_parser
+from study import DATA, into_results, study_parser
 from torch import Tensor
 
 from lissom.core import Both, Grid, Problem, Sparse, Stack, Stats, sweep
@@ -149,10 +149,10 @@ def main() -> None:
     parser = study_parser(__doc__, 8)
     parser.add_argument("--groups", default="128,32,64,0")
     parser.add_argument("--test", default=str(DATA / "test.raw.txt"))
-    parser.add_argument("--rows", type=Path, default=HERE / "rows-kbit")
+    parser.add_argument("--rows", type=Path, default=HERE / "rows" / "kbit")
     parser.add_argument("--render", action="store_true")
     options = parser.parse_args()
-    options.rows.mkdir(exist_ok=True)
+    options.rows.mkdir(parents=True, exist_ok=True)
     if not options.render:
         model = Model(open_model(options.model))
         tokenizer = model.checkpoint.tokenizer()
@@ -175,15 +175,14 @@ def main() -> None:
                 path.write_text(json.dumps(run_pass(model, group, ids, test), indent=1))
     rows = [row for path in sorted(options.rows.glob("group-*.json")) for row in json.loads(path.read_text())]
     dense = json.loads((options.rows / "dense.json").read_text())
-    draw(rows, dense, options.rows.parent / "kbit.png")
-    print(
-        f"dense {dense['perplexity']:.2f}; the front:\n| MB | perplexity | bits | group | zeros | method |\n|---|---|---|---|---|---|"
-    )
+    draw(rows, dense, HERE / "figures" / "kbit.png")
+    lines = ["| MB | perplexity | bits | group | zeros | method |", "|---|---|---|---|---|---|"]
     for r in front(rows):
-        group = r["group"] or "row"
-        print(
-            f"| {r['total_bits'] / 8e6:.1f} | {r['perplexity']:.2f} | {r['bits']} | {group} | {r['sparsity']:.0%} | {r['method']} |"
+        size, group = r["total_bits"] / 8e6, r["group"] or "row"
+        lines.append(
+            f"| {size:.1f} | {r['perplexity']:.2f} | {r['bits']} | {group} | {r['sparsity']:.0%} | {r['method']} |"
         )
+    into_results("kbit", [f"Dense: {dense['perplexity']:.2f}.", "", *lines])
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/kv_cache.py [MODEL] [--length 2048] [--windows 4]
 
 All variants stream through the blocks together, in memory; static grids are calibrated on 16 × 512 tokens. Keys and values are what
-decoding token by token would read (docs/methods/kv-cache.md). Rows go to benchmarks/rows-kv.json.
+decoding token by token would read (docs/methods/kv-cache.md). Rows go to benchmarks/rows/kv-cache.json.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
+from study import into_results
 
 from lissom.evaluate import load_text, token_losses, tokenize, windows
 from lissom.export import open_model
@@ -47,7 +48,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--calibration", default=str(DATA / "valid.txt"))
     parser.add_argument("--test", default=str(DATA / "test.raw.txt"))
-    parser.add_argument("--rows", type=Path, default=HERE / "rows-kv.json")
+    parser.add_argument("--rows", type=Path, default=HERE / "rows" / "kv-cache.json")
     options = parser.parse_args()
     model, start = Model(open_model(options.model)), time.perf_counter()
     tokenizer = model.checkpoint.tokenizer()
@@ -73,9 +74,9 @@ def main() -> None:
         losses = [token_losses(model, x[None], row).flatten() for x, row in zip(h, test, strict=True)]
         found[name] = float(torch.cat(losses).mean().exp())
     options.rows.write_text(json.dumps(found, indent=1))
-    print("| cache | perplexity | |\n|---|---|---|")
-    for name, value in found.items():
-        print(f"| {name} | {value:.2f} | {value / found['dense'] - 1:+.1%} |")
+    lines = ["| cache | perplexity | |", "|---|---|---|"]
+    lines += [f"| {name} | {value:.2f} | {value / found['dense'] - 1:+.1%} |" for name, value in found.items()]
+    into_results("kv-cache", lines)
 
 
 if __name__ == "__main__":

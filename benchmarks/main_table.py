@@ -17,6 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from study import into_results
+
 HERE = Path(__file__).parent
 DATA = HERE.parent.parent / "shared" / "data" / "wikitext2"
 LISSOM = str(Path(sys.executable).with_name("lissom"))
@@ -112,12 +114,7 @@ def main() -> None:
         result = measure(name, arguments)
         path.write_text(json.dumps(result, indent=1))
         print(f"  perplexity {result['evaluate']['perplexity']:.2f}", flush=True)
-    table = render()
-    page = HERE / "RESULTS.md"
-    text = page.read_text(encoding="utf-8") if page.exists() else "<!-- main -->\n<!-- /main -->\n"
-    page.write_text(
-        re.sub(r"<!-- main -->.*<!-- /main -->", f"<!-- main -->\n{table}\n<!-- /main -->", text, flags=re.S)
-    )
+    into_results("main", [render()])
 
 
 if __name__ == "__main__":

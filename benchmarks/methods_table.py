@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from memory import forked
+from study import into_results
 
 import lissom
 from lissom.evaluate import forward, load_text, token_losses, tokenize, windows
@@ -202,7 +203,6 @@ def main() -> None:
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--render", action="store_true")
     options = parser.parse_args()
-    page = HERE / "RESULTS.md"
     done = (
         {(r["name"], r["column"]) for r in map(json.loads, KEPT.read_text().splitlines())} if KEPT.exists() else set()
     )
@@ -227,9 +227,7 @@ def main() -> None:
                     file.write(json.dumps(result) + "\n")
             print({k: v for k, v in result.items() if k != "protocol"}, flush=True)
     if KEPT.exists():
-        block = f"<!-- methods -->\n{render()}\n<!-- /methods -->"
-        text = page.read_text(encoding="utf-8")
-        page.write_text(re.sub("<!-- methods -->.*<!-- /methods -->", lambda _: block, text, flags=re.S), "utf-8")
+        into_results("methods", [render()])
         link_pages()
 
 

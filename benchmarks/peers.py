@@ -42,6 +42,7 @@ from typing import Any
 import numpy as np
 import torch
 from main_table import DATA, HERE, LISSOM, calibration, evaluation_on
+from study import into_results
 
 from lissom.evaluate import fingerprint, load_text, samples, tokenize
 from lissom.export import open_model
@@ -169,10 +170,7 @@ def render() -> None:
         lines.append(
             f"| {name} | {judged} | {row['wall_s']:.0f} | {row['peak_rss_bytes'] / 1e6:.0f} | {row['threads']} | {row['run']} |"
         )
-    page = HERE / "RESULTS.md"
-    table = "<!-- peers -->\n" + "\n".join(lines) + "\n<!-- /peers -->"
-    text = re.sub(r"<!-- peers -->.*<!-- /peers -->", lambda _: table, page.read_text(encoding="utf-8"), flags=re.S)
-    page.write_text(text, encoding="utf-8")
+    into_results("peers", lines)
 
 
 def main() -> None:

@@ -4,7 +4,7 @@
 
 A reduced protocol: every method solves every layer from the *dense* model's inputs, in one pass over the blocks; evaluation
 windows stream along through each result, in memory; embedding and head stay dense. Bits count the stored form. Seconds are of this
-process, in the solver only. Rows go to benchmarks/rows-quantizers.json; methods that are there are not run again.
+process, in the solver only. Rows go to benchmarks/rows/quantizers.json; methods that are there are not run again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from study import DATA, study_parser
+from study import DATA, into_results, study_parser
 
 from lissom.core import Problem, Stack, Stats, stored_bits
 from lissom.evaluate import load_text, token_losses, tokenize, windows
@@ -61,7 +61,7 @@ def main() -> None:
     parser = study_parser(__doc__, 4)
     parser.add_argument("--only", default="")
     parser.add_argument("--test", default=str(DATA / "test.raw.txt"))
-    parser.add_argument("--rows", type=Path, default=HERE / "rows-quantizers.json")
+    parser.add_argument("--rows", type=Path, default=HERE / "rows" / "quantizers.json")
     parser.add_argument("--render", action="store_true")
     options = parser.parse_args()
     rows = json.loads(options.rows.read_text()) if options.rows.exists() else {}
@@ -69,11 +69,12 @@ def main() -> None:
     if wanted:
         rows |= run(options, wanted, with_dense="dense" not in rows)
         options.rows.write_text(json.dumps(rows, indent=1))
-    print("| method | perplexity | bits a weight | seconds |\n|---|---|---|---|")
+    lines = ["| method | perplexity | bits a weight | seconds |", "|---|---|---|---|"]
     for name in ("dense", *STEPS):
         if name in rows:
             r = rows[name]
-            print(f"| {name} | {r['perplexity']:.2f} | {r['bits']:.2f} | {r['seconds']:.0f} |")
+            lines.append(f"| {name} | {r['perplexity']:.2f} | {r['bits']:.2f} | {r['seconds']:.0f} |")
+    into_results("quantizers", lines)
 
 
 def run(options: argparse.Namespace, wanted: list[str], with_dense: bool) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import statistics
 from pathlib import Path
 
 from main_table import HERE, measure
+from study import into_results
 
 KEPT = HERE / "rows" / "record"
 WHOLE = ["--set", "bits=16", "--set", "embedding_bits=16"]  # zeros only
@@ -203,8 +204,6 @@ def figure() -> None:
 
 
 def render() -> None:
-    page = HERE / "RESULTS.md"
-    text = page.read_text(encoding="utf-8")
     tables = {
         "record": record_table(),
         "gap": gap_table(),
@@ -222,9 +221,7 @@ def render() -> None:
         }),
     }  # fmt: skip
     for mark, lines in tables.items():
-        block = "\n".join((f"<!-- {mark} -->", *lines, f"<!-- /{mark} -->"))
-        text = re.sub(f"<!-- {mark} -->.*<!-- /{mark} -->", lambda _, b=block: b, text, flags=re.S)
-    page.write_text(text, encoding="utf-8")
+        into_results(mark, lines)
     figure()
 
 

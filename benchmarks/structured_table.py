@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from main_table import DATA, HERE, lissom
+from study import into_results
 
 ROWS = HERE / "rows" / "structured"
 LEVELS = (0.2, 0.5, 0.1, 0.3)  # parameters that go, of all (the embedding, 21%, included)
@@ -134,10 +135,7 @@ def main() -> None:
         result = measure(method, level)
         path.write_text(json.dumps(result, indent=1))
         print(name, "refused" if "refused" in result else _cell(result), flush=True)
-    page = HERE / "RESULTS.md"
-    text = page.read_text(encoding="utf-8")
-    table = f"<!-- structured -->\n{render()}\n<!-- /structured -->"
-    page.write_text(re.sub(r"<!-- structured -->.*<!-- /structured -->", lambda _: table, text, flags=re.S))
+    into_results("structured", [render()])
 
 
 if __name__ == "__main__":

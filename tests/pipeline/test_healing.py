@@ -11,8 +11,8 @@ from lissom.evaluate import evaluate
 from lissom.export import open_model
 from lissom.methods.heal import Heal
 from lissom.pipeline import compress, plan
-from lissom.pipeline.healing import hardware
 from lissom.pipeline.recipe import read
+from lissom.train import hardware
 
 SMALL = ["calibration.samples=12", "calibration.length=48"]
 HEAL = {
@@ -258,13 +258,13 @@ def test_masks_grow_along_the_cubic_while_the_model_heals(trained, tmp_path):
     assert packed["sparsity"] >= 0.7 - 2e-3 and {r["pattern"] for r in packed["layers"]} == {"unstructured"}
 
 
-def test_a_gpu_is_taken_where_there_is_one_and_with_it_bfloat16(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert hardware(Heal()) == ("cuda", "bfloat16")
-    assert hardware(Heal(device="cpu")) == ("cpu", "float32")
-    assert hardware(Heal(precision="float32")) == ("cuda", "float32")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert hardware(Heal()) == ("cpu", "float32")
+def test_a_run_on_a_gpu_trains_there_and_in_bfloat16():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert hardware(Heal(), gpu) == ("cuda", "bfloat16")
+    assert hardware(Heal(device="cpu"), gpu) == ("cpu", "float32")
+    assert hardware(Heal(precision="float32"), gpu) == ("cuda", "float32")
+    assert hardware(Heal(), cpu) == ("cpu", "float32")
+    assert hardware(Heal(device="cuda"), cpu) == ("cuda", "bfloat16")
 
 
 def test_a_gpu_that_is_not_there_is_said_before_anything_is_pruned(trained, tmp_path, monkeypatch):

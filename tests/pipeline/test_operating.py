@@ -11,10 +11,11 @@ from lissom.core import FormatError, RecipeError, Stats
 from lissom.evaluate import evaluate
 from lissom.export import load, open_model
 from lissom.methods.quantize.activations import round_input
-from lissom.methods.quantize.kv_cache import CacheGrid
+from lissom.methods.quantize.kv_cache import CacheGrid, KVCache, fake_cache_static
 from lissom.models import InputGrid, Model, Operators
 from lissom.models.operators import BlockOperators, read_operators
 from lissom.pipeline import compress, plan
+from lissom.pipeline.operating import cache_grids
 from lissom.pipeline.stream import stream_block
 from lissom.pipeline.verify import cache_is_rounded
 
@@ -204,6 +205,21 @@ def test_a_cache_with_static_grids(trained, tmp_path, per):
     model.operators = dataclasses.replace(model.operators, cache_grids={})
     with pytest.raises(FormatError, match="static grids of its cache are missing"):
         model.forward(IDS)
+
+
+def test_static_grids_of_keys_hold_at_the_end_of_the_context(trained):
+    """The keys of short samples, read again where a long text would have them."""
+    model = Model(open_model(trained))
+    model.operators = Operators(cache=KVCache(8, keys="channel", static=True).grids())
+    ids = torch.randint(2, 300, (4, 16), generator=torch.Generator().manual_seed(0))
+    scale, zero = (torch.tensor(t)[:, None] for t in cache_grids(model, 100.0, ids)[0][0])
+    block, seen = model.load_block(0), []
+    block.operators = BlockOperators(model.operators, 0)
+    block.operators.observe = lambda k, v: seen.append(k)
+    far = torch.arange(16)[None] + model.config.max_position_embeddings - 16
+    block.forward(model.embed(ids), far)
+    clipped = (fake_cache_static(seen[0], scale, zero, 8) - seen[0]).abs() > scale
+    assert float(clipped.float().mean()) < 0.02
 
 
 def test_a_static_artefact_can_be_healed(trained, tmp_path):

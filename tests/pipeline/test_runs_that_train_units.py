@@ -7,7 +7,7 @@ from lissom.core import CalibrationError, RecipeError
 from lissom.evaluate import evaluate
 from lissom.export import open_model
 from lissom.models import Model
-from lissom.pipeline import compress, gated, plan
+from lissom.pipeline import compress, plan
 from lissom.train import Network
 from tiny import corpus, tiny_model
 
@@ -47,42 +47,6 @@ def test_the_shape_is_reached_and_transformers_loads_it(trained, tmp_path, step,
     else:
         assert all(v < 0.99 for v in record["expected_open"].values())
     assert not (tmp_path / "out" / "smaller").exists()
-
-
-class _SteppedError(Exception):
-    pass
-
-
-@pytest.mark.parametrize(
-    "step",
-    [
-        {"use": "l0", "keep_heads": 0.5, "logits": 1.0},
-        {"use": "head-gates", "keep_heads": 0.5, "weights": "frozen"},
-        {"use": "sheared", "keep_blocks": 0.5, "keep_channels": 0.5},
-        {"use": "compresso", "keep_heads": 0.5, "prompt": "Less of me."},
-        {"use": "lorashear", "keep_heads": 0.5},
-    ],
-    ids=lambda v: v["use"],
-)
-def test_on_a_gpu_nothing_stays_behind(trained, tmp_path, monkeypatch, step):
-    """On torch's `meta` device operations with a tensor of another device fail; it has no values, so one step is all there is."""
-    monkeypatch.setattr(gated, "hardware", lambda config: ("meta", "float32"))
-    whole = torch.Tensor.__int__
-    monkeypatch.setattr(torch.Tensor, "__int__", lambda t: 0 if t.is_meta else whole(t))
-
-    def one_step(leaves, loss, data, settings, *, before_step, after_step=None, **_):
-        assert {t.device.type for t in leaves.values()} == {"meta"}
-        before_step(0, 0.0)
-        with torch.enable_grad():
-            loss(data.at(0).to("meta")).backward()
-        assert {t.grad.device.type for t in leaves.values() if t.grad is not None} == {"meta"}
-        if after_step:
-            after_step(0, 0.0)
-        raise _SteppedError
-
-    monkeypatch.setattr(gated, "train", one_step)
-    with pytest.raises(_SteppedError):
-        compress(trained, tmp_path / "out", [{**TRAIN, **step}], overrides=SMALL)
 
 
 def test_a_gpu_that_is_not_there_is_said_first(trained, tmp_path, monkeypatch):

@@ -25,6 +25,9 @@ app = typer.Typer(
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A Hugging Face directory, a hub id, a GGUF file, or 'demo'.")
 ]
+Device = Annotated[
+    str, typer.Option("--device", help="Where blocks compute: cpu, cuda, cuda:1; auto: a GPU where there is one.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output.")]
 RecipeOption = Annotated[
     str | None,
@@ -98,6 +101,7 @@ def compress(
     format: Annotated[
         str | None, typer.Option("--format", help="packed, dense, compressed-tensors, int-quantized, gptq or gptq-v2.")
     ] = None,
+    device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Compress MODEL into OUT: plan, allocate, solve block by block, save, load back and compare."""
@@ -111,7 +115,8 @@ def compress(
     command = "lissom " + shlex.join(sys.argv[1:])
     with show.bar(quiet=json) as tick:
         result = run(
-            model, out, recipe or _usual(target), overrides=overrides, resume=resume, spill=spill, tick=tick, command=command,
+            model, out, recipe or _usual(target), overrides=overrides, resume=resume, spill=spill, device=device, tick=tick,
+            command=command,
             note=None if json else lambda text: show.err.print(text, style="dim", markup=False, soft_wrap=True),
         )  # fmt: skip
     page = write_report(out)
@@ -196,6 +201,7 @@ def evaluate(
     length: Annotated[int, typer.Option("--length", help="Tokens per window.")] = 1024,
     windows: Annotated[int, typer.Option("--windows", help="Windows; 0 means the whole text.")] = 16,
     against: Annotated[str | None, typer.Option("--against", help="A dense model: adds KL and agreement.")] = None,
+    device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Measure perplexity, bits per byte, bytes and sparsity of a checkpoint on disk; of an encoder, its embeddings and their similarities."""
@@ -206,7 +212,7 @@ def evaluate(
         if is_encoder(model):
             result = similarity(model, against, data, min(length, 64), windows or None, tick)
         else:
-            result = run(model, data, length, windows or None, against, tick)
+            result = run(model, data, length, windows or None, against, tick, device)
     _remember(model, result)
     if json:
         show.emit(result, True)

@@ -31,6 +31,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "HOST",
     "NM",
     "Affine",
     "Binary",
@@ -79,12 +80,15 @@ __all__ = [
     "Units",
     "both",
     "damped",
+    "device_named",
     "factorise",
     "gram_product",
     "grid_of",
     "histogram_entropy",
     "keep_largest",
     "merge",
+    "moved",
+    "on",
     "stored_bits",
     "sweep",
 ]

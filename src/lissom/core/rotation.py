@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .place import HOST, moved
+
 Kind = Literal["hadamard", "orthogonal"]
 
 
@@ -56,12 +58,14 @@ class Rotation:
     seed: int
     kind: Kind = "hadamard"
 
-    def _parts(self) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-        return _build(self.size, self.seed, self.kind)
+    def _parts(self, device: torch.device) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+        with HOST:  # the same numbers everywhere, and kept for everyone
+            parts = _build(self.size, self.seed, self.kind)
+        return moved(parts, device)
 
     def apply(self, x: Tensor) -> Tensor:
         """``x @ Q`` along the last axis."""
-        signs, permutation, factors = self._parts()
+        signs, permutation, factors = self._parts(x.device)
         y = x * signs
         if permutation is not None:
             y = y[..., permutation]
@@ -69,7 +73,7 @@ class Rotation:
 
     def undo(self, x: Tensor) -> Tensor:
         """``x @ Qᵀ`` along the last axis."""
-        signs, permutation, factors = self._parts()
+        signs, permutation, factors = self._parts(x.device)
         y = _kronecker(x, tuple(f.T for f in factors))
         if permutation is not None:
             y = y[..., permutation.argsort()]
@@ -92,11 +96,11 @@ class Orthogonal:
 
     def apply(self, x: Tensor) -> Tensor:
         """``x @ Q`` along the last axis."""
-        return x @ self.entries
+        return x @ self.entries.to(x.device)
 
     def undo(self, x: Tensor) -> Tensor:
         """``x @ Qᵀ`` along the last axis."""
-        return x @ self.entries.T
+        return x @ self.entries.T.to(x.device)
 
     def matrix(self) -> Tensor:
         """Q itself."""

@@ -63,20 +63,23 @@ class Stats:
     entropy: Tensor | None = None
 
     @classmethod
-    def empty(cls, width: int, gram: bool = True, dtype: torch.dtype = torch.float32) -> Stats:
-        zero = torch.zeros(3, width, dtype=dtype)
-        return cls(0, zero[0], zero[1], zero[2], torch.zeros(width, width, dtype=dtype) if gram else None)
+    def empty(
+        cls, width: int, gram: bool = True, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    ) -> Stats:
+        zero = torch.zeros(3, width, dtype=dtype, device=device)
+        square = torch.zeros(width, width, dtype=dtype, device=device) if gram else None
+        return cls(0, zero[0], zero[1], zero[2], square)
 
     @classmethod
-    def white(cls, width: int, gram: bool = True) -> Stats:
+    def white(cls, width: int, gram: bool = True, device: torch.device | None = None) -> Stats:
         """Of inputs about which nothing is known: mean 0, variance 1, uncorrelated."""
-        one = torch.ones(width)
-        return cls(1, torch.zeros(width), one, one, torch.eye(width) if gram else None)
+        one = torch.ones(width, device=device)
+        return cls(1, torch.zeros_like(one), one, one, torch.eye(width, device=device) if gram else None)
 
     @classmethod
     def of(cls, X: Tensor, gram: bool = True) -> Stats:
         """Statistics of one batch ``X: (tokens, in)``."""
-        tally = Tally(X.shape[-1], gram, X.dtype)
+        tally = Tally(X.shape[-1], gram, X.dtype, X.device)
         tally.add(X)
         return tally.stats()
 
@@ -113,8 +116,10 @@ class Tally:
     Fresh memory for a Gram matrix or for the magnitudes of a batch costs more than the arithmetic: the system clears every page.
     """
 
-    def __init__(self, width: int, gram: bool = True, dtype: torch.dtype = torch.float32):
-        self._sums = Stats.empty(width, gram, dtype)
+    def __init__(
+        self, width: int, gram: bool = True, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    ):
+        self._sums = Stats.empty(width, gram, dtype, device)
 
     def add(self, X: Tensor, weights: Tensor | None = None) -> None:
         """Count the tokens of ``X: (…, in)``; ``weights`` (tokens,), of mean 1 over all that is counted, in every sum of them."""
@@ -128,8 +133,9 @@ class Tally:
         if weights is None:
             s.sum.add_(X.sum(0))
         else:
-            s.sum.addmv_(X.T, weights.to(X.dtype))
-            X = X * weights.to(X.dtype).sqrt()[:, None]
+            weights = weights.to(X)
+            s.sum.addmv_(X.T, weights)
+            X = X * weights.sqrt()[:, None]
         if s.gram is None:
             s.sumsq.add_(X.square().sum(0))
         else:
@@ -158,9 +164,9 @@ def histogram_entropy(batches: Callable[[], Iterable[Tensor]], bins: int) -> Ten
     low = torch.stack([x.amin(0) for x in batches()]).amin(0)
     high = torch.stack([x.amax(0) for x in batches()]).amax(0)
     width = ((high - low) / bins).clamp_min(1e-30)
-    counts = torch.zeros(len(low), bins)
+    counts = low.new_zeros(len(low), bins)
     for x in batches():
         index = ((x - low) / width).long().clamp_(0, bins - 1).T
-        counts.scatter_add_(1, index, torch.ones(index.shape))
+        counts.scatter_add_(1, index, low.new_ones(index.shape))
     p = counts / counts.sum(1, keepdim=True)
     return -(p * p.clamp_min(1e-30).log()).sum(1)

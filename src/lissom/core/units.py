@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from .place import moved
 from .stats import Stats
 
 
@@ -31,8 +32,7 @@ class Units:
 
     def to(self, device: str | torch.device) -> Units:
         """The same with indices on ``device``."""
-        rows, columns = ({n: i.to(device) for n, i in side.items()} for side in (self.rows, self.columns))
-        return replace(self, rows=rows, columns=columns)
+        return moved(self, torch.device(device))
 
     def reduce(self, values: Mapping[str, Tensor]) -> Tensor:
         """Sum over each unit of the entries of ``values`` (layer name → (out, in)), (units,). Missing layers add nothing."""

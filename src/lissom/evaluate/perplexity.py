@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import CalibrationError, CheckpointError
+from ..core import CalibrationError, CheckpointError, device_named
 from ..export import open_model
 from ..models import Model
 from .text import load_text, tokenize, windows
@@ -52,10 +52,7 @@ def forward(model: Model, ids: Tensor, tick: Tick | None = None, label: str = "b
             zeros += W.numel() - int(torch.count_nonzero(W))
             weights += W.numel()
         for j, h in enumerate(hidden):
-            run = block.start(h)
-            for _ in block.stages:
-                run.advance()
-            hidden[j] = run.output()
+            hidden[j] = block.forward(h)
         if tick:
             tick(label, i + 1, model.blocks)
     return Pass(hidden, zeros, weights, load)
@@ -68,9 +65,10 @@ def token_losses(model: Model, hidden: Tensor, ids: Tensor, outer: Mapping[str, 
     out = []
     for at in range(0, len(ids) - 1, _HEAD_TOKENS):
         stop = min(at + _HEAD_TOKENS, len(ids) - 1)
-        logits = model.head(hidden[:, at:stop], outer)[0].float()
-        out.append(torch.nn.functional.cross_entropy(logits, ids[at + 1 : stop + 1], reduction="none"))
-    return torch.cat(out)
+        logits = model.head(hidden[:, at:stop].to(model.device), outer)[0].float()
+        wanted = ids[at + 1 : stop + 1].to(logits.device)
+        out.append(torch.nn.functional.cross_entropy(logits, wanted, reduction="none"))
+    return torch.cat(out).to(hidden.device)
 
 
 def _compare(model: Model, dense: Model, h: Tensor, g: Tensor) -> tuple[float, int]:
@@ -79,8 +77,8 @@ def _compare(model: Model, dense: Model, h: Tensor, g: Tensor) -> tuple[float, i
     last = h.shape[1] - 1
     for at in range(0, last, _HEAD_TOKENS):
         stop = min(at + _HEAD_TOKENS, last)
-        p = torch.log_softmax(dense.head(g[:, at:stop])[0].float(), -1)
-        q = torch.log_softmax(model.head(h[:, at:stop])[0].float(), -1)
+        p = torch.log_softmax(dense.head(g[:, at:stop].to(dense.device))[0].float(), -1)
+        q = torch.log_softmax(model.head(h[:, at:stop].to(model.device))[0].float(), -1)
         kl += float((p.exp() * (p - q)).sum())
         same += int((p.argmax(-1) == q.argmax(-1)).sum())
     return kl, same
@@ -94,12 +92,13 @@ def evaluate(
     count: int | None = 16,
     against: str | Path | None = None,
     tick: Tick | None = None,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Judge the checkpoint at ``source`` on the first ``count`` windows of ``length`` tokens of ``data``.
 
     Returns plain numbers: ``perplexity``, ``tokens`` (predicted), ``windows``, ``length``, ``bits_per_byte``, ``bytes`` of the
     weight files, ``parameters``, ``bits_per_weight`` = 8 · bytes / parameters, ``sparsity`` (zeros among the linear
-    layers of the blocks), ``load_seconds``; with ``against`` also ``kl`` (nats a token, dense ‖ model),
+    layers of the blocks), ``load_seconds``; ``device``: where blocks compute; with ``against`` also ``kl`` (nats a token, dense ‖ model),
     ``top1_agreement``, ``dense_perplexity`` and ``dense_bytes``.
     """
     if length < 2 or (count is not None and count < 1):
@@ -107,7 +106,8 @@ def evaluate(
             f"length must be at least 2 tokens and windows at least 1 (0 on the command line: all), not {length} and {count}"
         )
     checkpoint = open_model(source)
-    model = Model(checkpoint)
+    place = device_named(device)
+    model = Model(checkpoint, device=place)
     if not model.has_head:
         raise CheckpointError(
             f"{source} has no language-model head: perplexity needs a decoder, `similarity` judges encoders"
@@ -115,7 +115,7 @@ def evaluate(
     tokenizer = checkpoint.tokenizer()
     ids = windows(tokenize(tokenizer, load_text(str(data))), count, length)
     if against is not None:
-        dense = Model(open_model(against))
+        dense = Model(open_model(against), device=place)
         if dense.config.vocab_size != model.config.vocab_size:
             raise CalibrationError(
                 f"{against} has a vocabulary of {dense.config.vocab_size}, {source} of {model.config.vocab_size}: "

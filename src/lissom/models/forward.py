@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import CheckpointError
+from ..core import HOST, CheckpointError, on
 from .architectures import Architecture
 from .layout import Sizes, stages
 from .operators import BlockOperators
@@ -69,6 +69,11 @@ class Block:
         self.observe: Callable[[str, Tensor], None] | None = None  # sees (layer name, output) of every linear layer
         self.operators: BlockOperators | None = None  # what the run does beside the weights
 
+    @property
+    def device(self) -> torch.device:
+        """Where the block computes."""
+        return next(iter(self.parameters.values())).device
+
     def weight(self, name: str) -> Tensor:
         """Weight (out, in) of the linear layer ``name``."""
         return self.parameters[f"{name}.weight"]
@@ -82,19 +87,19 @@ class Block:
         self.set_parameter(f"{name}.weight", weight)
 
     def set_parameter(self, name: str, value: Tensor) -> None:
-        """Replace any tensor of the block, under its name in the file; the shape must stay the same."""
+        """Replace any tensor of the block, under its name in the file, on its device; the shape must stay the same."""
         old = self.parameters[name]
         if old.shape != value.shape:
             raise ValueError(f"{name} has shape {tuple(old.shape)}, not {tuple(value.shape)}")
-        self.parameters[name] = value
+        self.parameters[name] = value.to(old.device)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor under the name and in the layout of the file, fp32 and detached, to be saved."""
+        """Every tensor under the name and in the layout of the file, fp32, detached and on the host, to be saved."""
         turned = {f"{la.name}.weight" for la in self.linears} if self.row.transposed else set()
-        return {k: (v.T.contiguous() if k in turned else v).detach() for k, v in self.parameters.items()}
+        return {k: (v.T.contiguous() if k in turned else v).detach().to(HOST) for k, v in self.parameters.items()}
 
     def start(self, hidden: Tensor, position_ids: Tensor | None = None, mask: Tensor | None = None) -> Run:
-        """Begin a staged forward over ``hidden: (batch, tokens, width)``.
+        """Begin a staged forward over ``hidden: (batch, tokens, width)`` from anywhere, on the block's device.
 
         ``position_ids``: (batch, tokens) where positions are not 0 … tokens − 1. ``mask``: (batch, tokens) bool, False
         for padding, which no token attends to.
@@ -102,11 +107,11 @@ class Block:
         return Run(self, hidden, position_ids, mask)
 
     def forward(self, hidden: Tensor, position_ids: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """The whole block at once, (batch, tokens, width) → the same shape."""
+        """The whole block at once, (batch, tokens, width) → the same shape, where ``hidden`` is."""
         run = self.start(hidden, position_ids, mask)
         for _ in self.stages:
             run.advance()
-        return run.output()
+        return run.output().to(hidden.device)
 
     # what _steps needs, by relative names
 
@@ -262,10 +267,12 @@ class Run:
     """
 
     def __init__(self, block: Block, hidden: Tensor, position_ids: Tensor | None, mask: Tensor | None):
-        self.state: dict[str, Any] = {"hidden": hidden}
+        self._device = device = block.device
+        self.state: dict[str, Any] = {"hidden": hidden.to(device)}
         self._left = len(block.stages)
-        self._steps = block._steps(self.state, position_ids, mask)
-        next(self._steps)
+        self._steps = block._steps(self.state, *(None if t is None else t.to(device) for t in (position_ids, mask)))
+        with on(device):
+            next(self._steps)
 
     def input(self) -> Tensor:
         """What all linear layers of the current stage are applied to, (batch, tokens, in)."""
@@ -278,7 +285,8 @@ class Run:
         if not self._left:
             raise ValueError("the block is done: call output()")
         self._left -= 1
-        next(self._steps, None)
+        with on(self._device):
+            next(self._steps, None)
 
     def output(self) -> Tensor:
         """Hidden states after the block, (batch, tokens, width)."""

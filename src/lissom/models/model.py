@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import CheckpointError
+from ..core import HOST, CheckpointError
 from .architectures import Architecture, architecture_of
 from .checkpoint import Checkpoint
 from .forward import Block, Linear, normalise
@@ -24,16 +24,16 @@ _VOCAB_ROWS = 16384  # rows of a half-precision head that are converted to fp32 
 class Model:
     """The model behind ``checkpoint``. Nothing is loaded until asked for.
 
-    ``architecture``: a row to use instead of the one of the table. Raises :class:`CheckpointError` with every problem
-    that can be found without loading weights.
+    ``architecture``: a row to use instead of the one of the table. ``device``: where blocks and the head compute; what enters
+    and leaves them stays where it is. Raises :class:`CheckpointError` with every problem that can be found without loading weights.
     """
 
-    def __init__(self, checkpoint: Checkpoint, architecture: Architecture | None = None):
+    def __init__(self, checkpoint: Checkpoint, architecture: Architecture | None = None, device: torch.device = HOST):
         problems = checkpoint.problems() if architecture is None else tensor_problems(checkpoint, architecture)
         if problems:
             lines = problems if len(problems) == 1 else [f"- {p}" for p in problems]
             raise CheckpointError(f"{checkpoint.source} cannot be used:\n" + "\n".join(lines))
-        self.checkpoint = checkpoint
+        self.checkpoint, self.device = checkpoint, device
         self.config: Any = checkpoint.config
         self.architecture = architecture or architecture_of(self.config.model_type)
         self._names = checkpoint.names()
@@ -103,11 +103,11 @@ class Model:
     # loading
 
     def load_block(self, i: int) -> Block:
-        """Block ``i`` in fp32; raises :class:`CheckpointError` for NaN or Inf. Cached outer tensors are let go."""
+        """Block ``i`` in fp32 on the model's device; raises :class:`CheckpointError` for NaN or Inf. Cached outer tensors are let go."""
         self.release()
         parameters = {}
         for part in self._parts[i]:
-            value = self._read(part.name).to(torch.float32)
+            value = self._read(part.name).to(self.device).to(torch.float32)
             parameters[part.name] = value.T.contiguous() if part.role and self.architecture.transposed else value
         block = Block(self.architecture, self.config, i, self.prefix, self.linears(i), parameters)
         block.operators = BlockOperators(self.operators, i) if self.operators else None
@@ -144,7 +144,7 @@ class Model:
         if name not in self._cache:
             if not any(p.name == name for p in self._outer_parts):
                 return None
-            self._cache[name] = self._read(name)
+            self._cache[name] = self._read(name).to(self.device)
         return self._cache[name]
 
     # both ends of the forward pass
@@ -156,7 +156,7 @@ class Model:
         token_types: Tensor | None = None,
         outer: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """Hidden states that enter block 0, (batch, tokens, width) fp32; ``ids``, ``position_ids``: (batch, tokens).
+        """Hidden states that enter block 0, (batch, tokens, width) fp32, where ``ids`` are; ``ids``, ``position_ids``: (batch, tokens).
 
         ``outer``: tensors to use instead of the file's, see :meth:`load_outer`.
         """
@@ -167,7 +167,7 @@ class Model:
             assert table is not None
             if at.numel() and int(at.max()) >= table.shape[0]:
                 raise CheckpointError(f"{name} has {table.shape[0]} rows: id or position {int(at.max())} is outside")
-            return F.embedding(at, table).float()
+            return F.embedding(at.to(table.device), table).float()
 
         h = look_up(row.embed, ids)
         if row.embed_scale:
@@ -176,18 +176,19 @@ class Model:
         if row.embed_types:
             h = h + look_up(row.embed_types, torch.zeros_like(ids) if token_types is None else token_types)
         if row.embed_positions:
-            at = torch.arange(ids.shape[-1]) if position_ids is None else position_ids
+            at = torch.arange(ids.shape[-1], device=ids.device) if position_ids is None else position_ids
             h = h + look_up(row.embed_positions, at + row.position_offset)
-        return self._norm(h, row.embed_norm, outer)
+        return self._norm(h, row.embed_norm, outer).to(ids.device)
 
     def head(self, h: Tensor, outer: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Logits (batch, tokens, vocabulary) from the last block's output; without a head, its normalised output."""
-        row = self.architecture
+        """Logits (batch, tokens, vocabulary), where ``h`` is, from the last block's output; without a head, its normalised output."""
+        row, home = self.architecture, h.device
+        h = h.to(self.device if outer is None else next(iter(outer.values())).device)
         if has_final_norm(row, self.config):
             h = self._norm(h, row.final_norm, outer)
         h = self._project(h, row.project_out, outer)
         if self.head_name is None:
-            return h
+            return h.to(home)
         weight = self._outer(self.head_name, outer)
         assert weight is not None
         if weight.dtype == torch.float32:
@@ -198,7 +199,7 @@ class Model:
         if bias is not None:
             logits = logits + bias.float()
         cap = getattr(self.config, row.head_cap, None) if row.head_cap else None
-        return torch.tanh(logits / cap) * cap if cap else logits
+        return (torch.tanh(logits / cap) * cap if cap else logits).to(home)
 
     @torch.no_grad()
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:

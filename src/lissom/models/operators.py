@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import FormatError, Rotation
+from ..core import FormatError, Rotation, moved
 from ..methods.quantize.activations import round_input
 from ..methods.quantize.kv_cache import CacheGrid, fake_cache, fake_cache_static, in_full_precision
 
@@ -166,7 +166,7 @@ class BlockOperators:
                 raise FormatError(f"block {self.number}: the static grids of its cache are missing in {KEY}")
             self.observe(k, v)
             return None
-        constants = self.grids or (None, None)
+        constants = moved(self.grids, k.device) if self.grids else (None, None)
         return [Cached.of(t, grid, found) for t, grid, found in zip((k, v), both, constants, strict=True)]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import BlockProblem, Both, Budget, LayerSummary, Problem, Solved, Stack, Stats
+from ..core import BlockProblem, Both, Budget, LayerSummary, Problem, Solved, Stack, Stats, moved, on
 from ..kernels.columns import column_loop
 from ..methods.allocate.budget import at_least, in_groups
 from ..models import Block, Linear, Model
@@ -179,8 +179,9 @@ def summarise(
             values = {"share": share_of_stream(before, hidden)}
         else:
             for stage in block.stages:
-                gather(stage, Stats.empty(stage[0].columns, gram=False))
-        own = method.summarise(problems, target, allocation.config)
+                gather(stage, Stats.empty(stage[0].columns, gram=False, device=block.device))
+        with on(block.device):
+            own = method.summarise(problems, target, allocation.config)
         out += [_summary(layer, values | v) for layer, v in zip(members, own, strict=True)]
         if tick:
             tick("allocate", i + 1, model.blocks)
@@ -202,8 +203,9 @@ def _problem(
     if not scored:
         return problem
     assert step.method.score is not None
-    problem = dataclasses.replace(problem, extras=stacked_extras(layers, extras))
-    score = step.method.score(problem, step.config)
+    problem = dataclasses.replace(problem, extras=moved(stacked_extras(layers, extras), W.device))
+    with on(W.device):
+        score = step.method.score(problem, step.config)
     return dataclasses.replace(problem, extras={**problem.extras, "score": score})
 
 
@@ -225,7 +227,8 @@ def learned(
         stream_block(block, list(hidden), gather, gram=False)
         start = {la.name: Solved(block.weight(la.name), None, None, torch.zeros(la.rows)) for la in layers}
         problem = BlockProblem(start, hidden, dense, targets, forward_of(block), i, inputs)
-        solved = allocation.method.learn(problem, target, allocation.config)
+        with on(block.device):
+            solved = allocation.method.learn(problem, target, allocation.config)
         for layer in layers:
             one = solved[layer.name]
             block.set_weight(layer.name, one.weight)

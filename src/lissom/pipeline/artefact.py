@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import Both, Grid, Problem, Solved, Stack, Stats, grid_of
+from ..core import HOST, Both, Grid, Problem, Solved, Stack, Stats, grid_of
 from ..export import ArtefactWriter, CompressedTensors, Layout, StoredLayer, codec_named
 from ..models import Block, Linear, Model
 from ..models.operators import KEY
@@ -109,7 +109,7 @@ class Artefact:
         transposed = self.model.architecture.transposed
         solved, pattern = (result.solved, result.pattern) if result else self.carried(layer.name)
         if solved is None:
-            kept = block.weight(layer.name).to(self.dtype)
+            kept = block.weight(layer.name).to(HOST).to(self.dtype)
             self._pending[f"{layer.name}.weight"] = (kept.T if transposed else kept).contiguous()
             stored, size, bits, group = kept.float(), kept.numel() * kept.element_size(), 16, None
         else:

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..core import BlockForward, BlockProblem, NumericalError
+from ..core import HOST, BlockForward, BlockProblem, NumericalError, moved, on
 from ..models import Block
 from .recipe import Recipe, Step
 from .stream import LayerResult
@@ -51,13 +51,15 @@ def work_on_block(
     steps: Sequence[Step],
 ) -> list[LayerResult]:
     """The results with the solutions that the chain of block steps makes of them."""
-    solved = {r.layer.name: r.solved for r in results}
+    device = block.device
+    solved = {r.layer.name: moved(r.solved, device) for r in results}
     free = frozenset(r.layer.name for r in results if r.pattern == "unstructured")
     forward = forward_of(block)
     for step in steps:
         problem = BlockProblem(solved, inputs, dense_inputs, targets, forward, block.number, free=free)
-        solved = step.method.run(problem, step.config)
+        with on(device):
+            solved = step.method.run(problem, step.config)
         for name, one in solved.items():
             if not bool(torch.isfinite(one.weight).all()):
                 raise NumericalError(f"{step.name} made non-finite weights in {name}; lower its learning_rate")
-    return [replace(r, solved=solved[r.layer.name], notes=solved[r.layer.name].notes) for r in results]
+    return [replace(r, solved=moved(solved[r.layer.name], HOST), notes=solved[r.layer.name].notes) for r in results]

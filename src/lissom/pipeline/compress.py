@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .. import __version__
-from ..core import Budget, OutputError, Stats
+from ..core import Budget, OutputError, Stats, device_named
 from ..export import open_model
 from ..export.layout import dtype_name
 from ..models import Block, Linear, Model
@@ -92,6 +92,7 @@ def compress(
     overrides: Sequence[str] = (),
     resume: bool = True,
     spill: bool = False,
+    device: str = "auto",
     tick: Tick | None = None,
     note: Note | None = None,
     command: str = "",
@@ -99,11 +100,12 @@ def compress(
     """Compress the checkpoint ``source`` into the directory ``out``.
 
     ``recipe``: shipped name, YAML file, mapping, or list of steps; ``overrides``: "key=value" strings as of ``--set``.
-    ``resume=False`` throws away what an interrupted run left. ``spill`` keeps waiting activations on disk.
+    ``resume=False`` throws away what an interrupted run left. ``spill`` keeps waiting activations on disk. ``device`` is where
+    blocks are run and solved, one at a time (``auto``: CUDA where there is one); hidden states wait in the host's memory.
     ``tick(label, done, total)`` and ``note(text)`` report progress. Returns the manifest with timings.
     Raises :class:`lissom.core.LissomError` subclasses before work starts when anything does not fit.
     """
-    target = Path(out)
+    target, place = Path(out), device_named(device)
     if target.exists():
         raise OutputError(f"{target} exists; choose another directory or remove it")
     check_writable(target)
@@ -112,7 +114,7 @@ def compress(
     with alone(work):
         if integer_step(checked):
             return compress_integer(Model(open_model(source)), str(source), target, work, checked, note, command)
-        return _compress(source, target, work, checked, resume, spill, tick, note, command)
+        return _compress(source, target, work, checked, resume, spill, place, tick, note, command)
 
 
 def _compress(
@@ -122,13 +124,14 @@ def _compress(
     checked: recipes.Recipe,
     resume: bool,
     spill: bool,
+    device: torch.device,
     tick: Tick | None,
     note: Note | None,
     command: str,
 ) -> dict[str, Any]:
     started = time.perf_counter()
     checkpoint = open_model(source)
-    dense = model = Model(checkpoint)
+    dense = model = Model(checkpoint, device=device)
     asked = checked
     checked, targets = with_targets(model, asked, work / "targets.json" if resume else None)
     made = structured_plan(model, checked, target)
@@ -147,6 +150,7 @@ def _compress(
         "recipe": {k: v for k, v in asked.describe().items() if k in ("steps", "save", "target")},
         "calibration": {"hash": data.hash, "held_out": len(data.held_out), **asdict(checked.calibration)},
         "threads": torch.get_num_threads(),
+        "device": device.type,
     }
     if not (work / "run.json").exists():
         model.check_weights()  # minutes before hours of work
@@ -212,6 +216,7 @@ def _compress(
         "layers": [asdict(r) for r in records],
         "dense_bytes": checkpoint.bytes,
         "versions": versions(),
+        "device": device.type if device.type != "cuda" else torch.cuda.get_device_name(device),
     }
     after = artefact.close()
     size = sum(after.values())
@@ -233,6 +238,7 @@ def _compress(
         "seconds": time.perf_counter() - started,
         "stages": stages,
         "peak_rss_bytes": peak_memory(),
+        **({"peak_device_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}),
         "calibration_tokens": data.ids.numel(),
     }
     dump_json(work / "manifest.json", manifest)

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import Both, Budget, Factor, Grid, Problem, Stack, Stats, sweep
+from ..core import HOST, Both, Budget, Factor, Grid, Problem, Stack, Stats, sweep
 from ..kernels.columns import column_loop
 from ..methods.allocate.spend import Option
 from ..models import Linear, Model
@@ -221,7 +221,7 @@ def _curves(
         for pair in some:
             for layer in layers:
                 here = slice(row, row + layer.rows)
-                loss = float(solved.error[here] @ scale[layer.name])
+                loss = float(solved.error[here].to(HOST) @ scale[layer.name])
                 seen[layer][pair] = (loss, float(torch.count_nonzero(solved.weight[here])))
                 row += layer.rows
     return seen

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import NumericalError, Problem, Stack, Stats
+from ..core import HOST, NumericalError, Problem, Stack, Stats, on
 from ..export import ArtefactWriter, open_model
 from ..export.writer import write_json
 from ..methods.quantize.rotations import Turns, fold_gain, rotate_reader, rotate_values, rotate_writer
@@ -91,18 +91,19 @@ def folded_model(
         if not done.exists():
             shutil.rmtree(place, ignore_errors=True)
             place.mkdir(parents=True)
-            if turns is not None:
-                told: dict[str, Any] = {}
-                if step.method.fold is not None:
-                    turns, told = step.method.fold(turns, *_seen(model, step.config, ids, tick), step.config)
-                notes = rotate_model(model, turns, place, tick) | told
-            else:
-                notes = fold_model(model, recipe, step, ids, place, tick)
+            told: dict[str, Any] = {}
+            with on(model.device):
+                if turns is None:
+                    notes = fold_model(model, recipe, step, ids, place, tick)
+                else:
+                    if step.method.fold is not None:
+                        turns, told = step.method.fold(turns, *_seen(model, step.config, ids, tick), step.config)
+                    notes = rotate_model(model, turns, place, tick) | told
             write_json(done, {"step": step.name, **notes})
         record.append(json.loads(done.read_text(encoding="utf-8")))
         online = {3: turns.inner} if turns is not None and turns.inner is not None else {}
         before = model.operators
-        model = Model(open_model(place))
+        model = Model(open_model(place), device=model.device)
         model.operators = before.merged(Operators(turn_inputs=online))
     return model, record
 
@@ -205,7 +206,7 @@ def _seen(model: Model, c: SpinQuant, ids: Tensor, tick: Tick | None = None) -> 
     chosen = {round(i) for i in torch.linspace(0, model.blocks - 1, c.blocks).tolist()}
     generator, row = torch.Generator().manual_seed(c.seed), model.architecture
     hidden = torch.cat(embed(model, ids[:_SAMPLES]))
-    tokens = torch.randperm(hidden.shape[0] * hidden.shape[1], generator=generator)[: c.tokens]
+    tokens = torch.randperm(hidden.shape[0] * hidden.shape[1], generator=generator, device=HOST)[: c.tokens]
     found: tuple[list[Seen], list[Seen]] = ([], [])
     for i in range(model.blocks):
         block = model.load_block(i)
@@ -216,7 +217,7 @@ def _seen(model: Model, c: SpinQuant, ids: Tensor, tick: Tick | None = None) -> 
         for stage in block.stages:
             x, number = run.input().flatten(0, 1)[tokens], stage[0].stage
             W = torch.cat([block.weight(la.name) for la in stage])
-            W = W[torch.randperm(len(W), generator=generator)[: c.rows]]
+            W = W[torch.randperm(len(W), generator=generator, device=HOST)[: c.rows]]
             if number in (0, 2) and c.stream:
                 norm = (
                     f"{model.prefix}{row.layer.format(i)}{row.norm_attention if number == 0 else row.norm_mlp}.weight"

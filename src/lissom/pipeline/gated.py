@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..core import CalibrationError
+from ..core import HOST, CalibrationError
 from ..evaluate import fingerprint, load_text, tokenize, windows
 from ..methods.heal.objective import Objective, compare
 from ..methods.structured import factor
@@ -31,13 +31,13 @@ from ..train import (
     Mixture,
     Network,
     Training,
+    hardware,
     held_out_loss,
     lagrangian,
     reweighted,
     train,
 )
 from . import gradients
-from .healing import hardware
 from .recipe import Step
 
 Tick = Callable[[str, int, int], None]
@@ -129,9 +129,9 @@ def _loss(model: Model, student: Network, config: Any, texts: _Texts) -> Callabl
     return loss
 
 
-def _settings(config: Any) -> Training:
+def _settings(config: Any, model: Model) -> Training:
     return Training(
-        precision=hardware(config)[1],
+        precision=hardware(config, model.device)[1],
         steps=config.steps, accumulate=config.accumulate, learning_rate=config.learning_rate, warmup=config.warmup,
         evaluate_every=config.evaluate_every, save_every=config.evaluate_every, keep_best=False,
     )  # fmt: skip
@@ -149,7 +149,7 @@ def _with_gates(
     counts |= {k: units_of(model.architecture, model.config, model.linears(0), k).count for k in ("heads", "neurons")}
     share = {k: keep[k] / n for k, n in counts.items() if keep[k] < n}
     gates = Gates(student, list(share), config.seed)
-    student.to(hardware(config)[0])
+    student.to(hardware(config, model.device)[0])
     fixed = getattr(config, "penalty", None)
     constraints = 0 if fixed is not None else len(step.method.run(gates.problem(share, 0.0), config))
     own = gates.leaves(constraints)
@@ -181,7 +181,7 @@ def _with_gates(
         return sum(values.values()) / len(values)
 
     state = train(
-        leaves, loss, texts.data, _settings(config), held_out=held_out, before_step=before_step, rates=rates,
+        leaves, loss, texts.data, _settings(config, model), held_out=held_out, before_step=before_step, rates=rates,
         folder=folder, identity=_identity(step, model, texts, keep),
         tick=lambda done, total, row: tick(step.name, done, total) if tick else None,
     )  # fmt: skip
@@ -224,7 +224,7 @@ def _with_projections(
     config = step.config
     saliency = _saliency(model, ids, folder, tick)
     scores = {k: v.clone() for k, v in saliency.items()}
-    device = student.to(hardware(config)[0]).device
+    device = student.to(hardware(config, model.device)[0]).device
     groups = []  # (units, redundant indices, their rank in [0, 1), their factors, the leaf)
     leaves = student.leaves()
     gates: dict[str, list[tuple[str, Tensor, Tensor]]] = {}
@@ -262,7 +262,7 @@ def _with_projections(
             z.copy_(torch.where(gone, 0.0, torch.minimum(z, factor(rank, reached, config))))
 
     state = train(
-        leaves, _loss(model, student, config, texts), texts.data, _settings(config),
+        leaves, _loss(model, student, config, texts), texts.data, _settings(config, model),
         held_out=lambda: sum(texts.losses(student).values()) / len(texts.judged),
         before_step=before_step, after_step=after_step, folder=folder, identity=_identity(step, model, texts, keep),
         tick=lambda done, total, row: tick(step.name, done, total) if tick else None,
@@ -315,7 +315,7 @@ def _saliency(model: Model, ids: Tensor, folder: Path, tick: Tick | None) -> dic
         rows: dict[str, list[Tensor]] = {"heads": [], "neurons": []}
         for i in range(model.blocks):
             block, extras = model.load_block(i), gradients.block_extras(folder, i)
-            terms = {n: block.weight(n) * e["samples"].mean(0) for n, e in extras.items()}
+            terms = {n: block.weight(n).to(HOST) * e["samples"].mean(0) for n, e in extras.items()}
             for kind, out in rows.items():
                 out.append(units_of(block.row, block.config, block.linears, kind).reduce(terms).abs())
         save_file({k: torch.stack(v) for k, v in rows.items()}, path.with_suffix(".new"))

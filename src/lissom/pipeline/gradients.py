@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..core import RecipeError
+from ..core import HOST, RecipeError, moved, on
 from ..models import Block, Model
 from .recipe import Recipe
 
@@ -90,7 +90,10 @@ def gather(
     _forward(model, ids, folder)
     upstream = _loss_gradients(model, ids, folder)
     for i in reversed(range(model.blocks)):
-        upstream, kept = _backward(model.load_block(i), _inputs(folder, i), upstream, extras, exponent)
+        block = model.load_block(i)
+        with on(block.device):
+            upstream, kept = _backward(block, _inputs(folder, i), upstream, extras, exponent)
+        kept = moved(kept, HOST)
         temporary = folder / "gradients.new"
         save_file({k: v.contiguous() for k, v in kept.items()}, temporary)
         os.replace(temporary, _file(folder, i))
@@ -141,9 +144,10 @@ def _loss_gradients(model: Model, ids: Tensor, folder: Path) -> Tensor:
     for sample, row in enumerate(ids):
         for at in range(0, predicted, _TOKENS):
             stop = min(at + _TOKENS, predicted)
-            part = h[sample : sample + 1, at:stop].detach().requires_grad_()
+            part = h[sample : sample + 1, at:stop].detach().to(model.device).requires_grad_()
             logits = model.head(part)[0]
-            loss = torch.nn.functional.cross_entropy(logits, row[at + 1 : stop + 1], reduction="sum") / predicted
+            next_tokens = row[at + 1 : stop + 1].to(logits.device)
+            loss = torch.nn.functional.cross_entropy(logits, next_tokens, reduction="sum") / predicted
             out[sample, at:stop] = torch.autograd.grad(loss, part)[0][0]
     return out
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from ..train import (
     Network,
     Training,
     cache_teacher,
+    hardware,
     held_out_loss,
     loss_against,
     loss_against_cache,
@@ -111,7 +112,7 @@ def heal(
     student, before = _student(
         model, artefact, records, config, everything=_shrunk(dense, model) or not _solves(records)
     )
-    device, precision = hardware(config)
+    device, precision = hardware(config, model.device)
     student.to(device)
     teacher = teacher_of(dense, step)
     if config.cache:
@@ -147,14 +148,6 @@ def heal(
             hidden = block.forward(hidden)
     history = [{k: None if v != v else v for k, v in row.items()} for row in state.history]
     return Healed(new, hidden, history)
-
-
-def hardware(config: Any) -> tuple[str, Literal["float32", "bfloat16"]]:
-    """The device and the precision that a step trains with."""
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    if config.precision != "auto":
-        return device, config.precision
-    return device, "bfloat16" if device == "cuda" else "float32"
 
 
 def _cached_loss(

@@ -191,22 +191,34 @@ def operated(model: Model, recipe: Recipe, ids: Tensor, path: Path) -> Model:
 
 @torch.no_grad()
 def cache_grids(model: Model, percent: float, ids: Tensor) -> dict[int, tuple[Constants, Constants]]:
-    """Static grids of every block's keys and values, from one pass over ``ids`` with nothing rounded."""
+    """Static grids of every block's keys and values, from one pass over ``ids`` (samples, tokens) with nothing rounded.
+
+    Keys turn with their positions, and slowly in the channels of low frequency: grids of keys at 0 … tokens − 1 clip those of longer
+    texts. So the samples stand at places spread over the whole context; attention sees distances, and is the same.
+    """
     grids = model.operators.cache
     assert grids is not None
     bare = replace(model.operators, activations=None, cache_grids={})
     hidden, out = embed(model, ids), {}
+    places = _spread_positions(model, *ids.shape).split([len(h) for h in hidden])
     for i in range(model.blocks):
         block, seen = model.load_block(i), []
         block.operators = BlockOperators(bare, i)
         block.operators.observe = lambda k, v, seen=seen: seen.append((k, v))
-        hidden = [block.forward(h) for h in hidden]
+        hidden = [block.forward(h, at) for h, at in zip(hidden, places, strict=True)]
         both = [
             calibrate_static(torch.cat(parts), grid, percent)
             for parts, grid in zip(zip(*seen, strict=True), grids, strict=True)
         ]
         out[i] = tuple(tuple(tuple(map(tuple, t[:, 0].tolist())) for t in one) for one in both)
     return out
+
+
+def _spread_positions(model: Model, samples: int, tokens: int) -> Tensor:
+    """Positions of every sample, (samples, tokens), from the start of the context to its end."""
+    limit = max(tokens, getattr(model.config, "max_position_embeddings", None) or tokens)
+    starts = torch.linspace(0, limit - tokens, samples).round().long()
+    return starts[:, None] + torch.arange(tokens)
 
 
 def with_scales(model: Model, found: Mapping[str, float]) -> Operators:

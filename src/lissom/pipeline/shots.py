@@ -90,7 +90,7 @@ def earlier_shots(
 
 
 def _reopened(model: Model, place: Path) -> tuple[Model, Budgets]:
-    after = Model(open_model(place))
+    after = Model(open_model(place), device=model.device)
     after.operators = model.operators
     saved = json.loads((place / "shot.json").read_text(encoding="utf-8"))
     return after, {int(i): Budget(**b) for i, b in saved.items()}

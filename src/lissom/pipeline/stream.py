@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..core import (
+    HOST,
     NM,
     Both,
     Budget,
@@ -38,6 +39,8 @@ from ..core import (
     Stats,
     Tally,
     histogram_entropy,
+    moved,
+    on,
 )
 from ..kernels.columns import column_loop
 from ..models import Block, Linear, Model, Run
@@ -64,27 +67,48 @@ Visit = Callable[[tuple[Linear, ...], Stats], None]
 Extras = Callable[[int], Mapping[str, Mapping[str, Tensor]]]  # of a block, by number: layer → extra → tensor
 
 
-class Spill:
-    """Keeps the state of waiting batches on disk: one file per batch, removed when done."""
+class Aside:
+    """Keeps the state of waiting batches in the host's memory, out of that of the device."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, dict[str, Tensor]] = {}
+
+    def put(self, index: int, state: dict[str, Any]) -> None:
+        tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+        self._keep(index, moved(tensors, HOST))
+        for key in tensors:
+            del state[key]
+
+    def get(self, index: int, state: dict[str, Any], device: torch.device) -> None:
+        state.update(moved(self._take(index), device))
+
+    def _keep(self, index: int, tensors: dict[str, Tensor]) -> None:
+        self._kept[index] = tensors
+
+    def _take(self, index: int) -> dict[str, Tensor]:
+        return self._kept.pop(index, {})
+
+
+class Spill(Aside):
+    """Keeps it on disk: one file per batch, removed when done."""
 
     def __init__(self, folder: Path):
         self._folder = Path(tempfile.mkdtemp(prefix="spill-", dir=folder))
 
-    def put(self, index: int, state: dict[str, Any]) -> None:
-        tensors = {k: v.contiguous() for k, v in state.items() if isinstance(v, Tensor)}
+    def _keep(self, index: int, tensors: dict[str, Tensor]) -> None:
         try:
-            save_file({k: v.clone() for k, v in tensors.items()}, self._path(index))
+            save_file({k: v.contiguous().clone() for k, v in tensors.items()}, self._path(index))
         except (OSError, SafetensorError) as error:
             raise OutputError(
                 f"cannot spill activations to {self._folder}: {error}. Make room or run without --spill"
             ) from error
-        for key in tensors:
-            del state[key]
 
-    def get(self, index: int, state: dict[str, Any]) -> None:
-        if self._path(index).exists():
-            state.update(load_file(self._path(index)))
-            self._path(index).unlink()
+    def _take(self, index: int) -> dict[str, Tensor]:
+        if not self._path(index).exists():
+            return {}
+        found = load_file(self._path(index))
+        self._path(index).unlink()
+        return found
 
     def close(self) -> None:
         for path in self._folder.glob("*"):
@@ -100,7 +124,7 @@ def stream_block(
     hidden: list[Tensor],
     visit: Visit,
     gram: bool = True,
-    spill: Spill | None = None,
+    spill: Aside | None = None,
     watch: int | None = None,
     calibrate: Callable[[Tensor, Tensor], float] | None = None,
     bins: int = 0,
@@ -109,7 +133,8 @@ def stream_block(
 ) -> list[Tensor]:
     """Outputs of the block for every batch; ``visit`` is called once a stage, and may set weights.
 
-    Where nothing is watched (``watch`` 0), statistics are those of white inputs.
+    Where nothing is watched (``watch`` 0), statistics are those of white inputs. Batches come from and go back to where they are; a
+    block on another device takes one at a time.
 
     ``hidden``: (batch, tokens, width) each; the list is emptied as it is used. ``watch``: only the first so many
     batches feed the statistics (the others are held-out text that just goes along). ``calibrate``: a sample of a stage's
@@ -129,6 +154,9 @@ def stream_block(
             hidden[i] = block.forward(hidden[i])
         give_back()
         return hidden
+    device, homes = block.device, [h.device for h in hidden]
+    if spill is None and device.type != "cpu":
+        spill = Aside()
     runs = []
     for i in range(len(hidden)):
         runs.append(block.start(hidden[i]))
@@ -136,15 +164,15 @@ def stream_block(
         if spill:
             spill.put(i, runs[i].state)
     for number, stage in enumerate(block.stages):
-        tally = Tally(stage[0].columns, gram)
+        tally = Tally(stage[0].columns, gram, device=device)
         weights, at = token_weights(stage, extras or {}), 0
         waits = calibrate is not None and block.operators is not None and block.operators.waits(number)
         if waits:
             assert calibrate is not None and block.operators is not None
-            block.operators.scales[number] = calibrate(*_sample_of(runs, number, watch, spill))
+            block.operators.scales[number] = calibrate(*_sample_of(runs, number, watch, spill, device))
         for i, run in enumerate(runs):
             if spill:
-                spill.get(i, run.state)
+                spill.get(i, run.state, device)
             if waits:
                 assert block.operators is not None
                 run.state["x"] = block.operators.rounded(number, run.state["x"])
@@ -161,17 +189,18 @@ def stream_block(
         stats = tally.stats()
         del tally
         if not stats.count:
-            stats = Stats.white(stage[0].columns, gram)
+            stats = Stats.white(stage[0].columns, gram, device)
         elif bins:
-            stats = replace(stats, entropy=histogram_entropy(lambda: _inputs(runs[:watch], spill), bins))
-        visit(stage, stats)
+            stats = replace(stats, entropy=histogram_entropy(lambda: _inputs(runs[:watch], spill, device), bins))
+        with on(device):
+            visit(stage, stats)
         del stats
     outputs = []
-    for i, run in enumerate(runs):
+    for i, (run, home) in enumerate(zip(runs, homes, strict=True)):
         if spill:
-            spill.get(i, run.state)
+            spill.get(i, run.state, device)
         run.advance()
-        outputs.append(run.output())
+        outputs.append(run.output().to(home))
     give_back()
     return outputs
 
@@ -186,11 +215,11 @@ def token_weights(stage: Sequence[Linear], extras: Mapping[str, Mapping[str, Ten
     return torch.stack([rows * w for rows, w in found]).sum(0) / sum(rows for rows, _ in found)
 
 
-def _inputs(runs: Sequence[Run], spill: Spill | None) -> Iterator[Tensor]:
+def _inputs(runs: Sequence[Run], spill: Aside | None, device: torch.device) -> Iterator[Tensor]:
     """The inputs of the stage at which all runs are, (tokens, in) each."""
     for i, run in enumerate(runs):
         if spill:
-            spill.get(i, run.state)
+            spill.get(i, run.state, device)
         yield run.input().flatten(0, -2)
         if spill:
             spill.put(i, run.state)
@@ -201,13 +230,15 @@ def histogram_bins(steps: Sequence[Step]) -> int:
     return max((s.config.bins for s in steps if "entropy" in s.method.needs), default=0)
 
 
-def _sample_of(runs: Sequence[Run], stage: int, watch: int | None, spill: Spill | None) -> tuple[Tensor, Tensor]:
+def _sample_of(
+    runs: Sequence[Run], stage: int, watch: int | None, spill: Aside | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Brings all runs to ``stage``; about :data:`_SAMPLE` of its inputs, evenly spaced, and the largest magnitude by sample."""
     tops, parts = [], []
     share = max(1, _SAMPLE // len(runs))
     for i, run in enumerate(runs):
         if spill:
-            spill.get(i, run.state)
+            spill.get(i, run.state, device)
         if stage:
             run.advance()
         if watch is None or i < watch:
@@ -222,7 +253,7 @@ def _sample_of(runs: Sequence[Run], stage: int, watch: int | None, spill: Spill 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """One solved layer and the numbers that the manifest keeps. ``pattern``: "dense", "unstructured" or "N:M"."""
+    """One solved layer, on the host, and the numbers that the manifest keeps. ``pattern``: "dense", "unstructured" or "N:M"."""
 
     layer: Linear
     solved: Solved
@@ -268,6 +299,7 @@ def _solve_stack(
     extras: Mapping[str, Mapping[str, Tensor]],
 ) -> list[LayerResult]:
     W = torch.cat([weights[layer.name] for layer in layers])
+    extras = {layer.name: moved(extras.get(layer.name, {}), W.device) for layer in layers}
     names = tuple(layer.name for layer in layers)
     problem, solved = (
         Problem(
@@ -303,7 +335,7 @@ def _solve_stack(
     for layer, pattern in zip(layers, patterns, strict=True):
         part = parts[layer.name]
         error, scale = float(part.error.sum()), float(energy[row : row + layer.rows].sum())
-        results.append(LayerResult(layer, part, pattern, error / max(scale, 1e-30), error, part.notes))
+        results.append(LayerResult(layer, moved(part, HOST), pattern, error / max(scale, 1e-30), error, part.notes))
         row += layer.rows
     return results
 

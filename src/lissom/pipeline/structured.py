@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import Stats, UnitProblem, Units
+from ..core import HOST, Stats, UnitProblem, Units, moved, on
 from ..export import ArtefactWriter, open_model
 from ..export.writer import write_json
 from ..methods.structured import influence, widths
@@ -55,13 +55,15 @@ def smaller_model(
                 made = cut_out(
                     model, step, ids, place, folder / f"{number}-training", recipe.calibration.data, dtype, tick
                 )
-            elif step.method.kind == "permutation":
-                made = permuted(model, step, pattern_of(model, step, recipe), data, place, dtype, tick)
             else:
-                made = rewrite(model, step, ids, place, dtype, tick)
+                with on(model.device):
+                    if step.method.kind == "permutation":
+                        made = permuted(model, step, pattern_of(model, step, recipe), data, place, dtype, tick)
+                    else:
+                        made = rewrite(model, step, ids, place, dtype, tick)
             write_json(done, made)
         record.append(json.loads(done.read_text(encoding="utf-8")))
-        model = Model(open_model(place))
+        model = Model(open_model(place), device=model.device)
     return model, record
 
 
@@ -85,7 +87,7 @@ def rewrite(
         record["channels"] = kept.tolist()
         blocks = [(model, i, {}) for i in range(model.blocks)]
         _write(model, blocks, {"channels": kept}, folder / "narrow", torch.float32)
-        model = Model(open_model(folder / "narrow"))
+        model = Model(open_model(folder / "narrow"), device=model.device)
     writer = ArtefactWriter(folder)
     hidden = embed(model, ids)
     config = model.config
@@ -193,7 +195,7 @@ def _write(
         writer.add(f"block-{j:05d}", _renamed(model, block, i, j, dtype))
     tensors = {n: model.checkpoint.tensor(n) for n in model.outer_names()} | dict(outer or {})
     if channels is not None:
-        tensors = narrower_outer(row, model.config, prefix, tensors, channels)
+        tensors = narrower_outer(row, model.config, prefix, tensors, channels.to(HOST))
     writer.add("outer", {n: (t.to(dtype) if t.is_floating_point() else t) for n, t in tensors.items()})
     config = smaller_config(
         row, model.config, counts.get("heads"), counts.get("neurons"), [i for _, i, _ in blocks],
@@ -264,7 +266,7 @@ def _problem(
 ) -> UnitProblem:
     weights = {la.name: block.weight(la.name) for la in block.linears}
     samples, grams = ({n: e[key] for n, e in extras.items() if key in e} for key in ("samples", "output_gram"))
-    return UnitProblem(units, weights, inputs, samples, grams, block.number)
+    return moved(UnitProblem(units, weights, inputs, samples, grams, block.number), block.device)
 
 
 def _choose_units(

@@ -8,7 +8,7 @@ from .gradual import Gradual
 from .loop import State, Training, train
 from .objective import cache_teacher, held_out_loss, loss_against, loss_against_cache
 from .ranks import Ranks
-from .student import Network, Output
+from .student import Network, Output, hardware
 
 __all__ = [
     "Batches",
@@ -28,6 +28,7 @@ __all__ = [
     "State",
     "Training",
     "cache_teacher",
+    "hardware",
     "held_out_loss",
     "lagrangian",
     "loss_against",

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..core import CalibrationError, NumericalError, OutputError
+from ..core import HOST, CalibrationError, NumericalError, OutputError, moved
 from .board import Board
 from .ranks import Ranks
 from .schedules import Shape, rate, rewound
@@ -277,7 +277,7 @@ def _save(
     temporary = folder / (STATE + ".new")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(out, temporary, {"identity": identity, "state": json.dumps(plain)})
+        save_file(moved(out, HOST), temporary, {"identity": identity, "state": json.dumps(plain)})
         os.replace(temporary, folder / STATE)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)

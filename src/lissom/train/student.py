@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +24,14 @@ class Output:
     logits: Tensor
     hidden: list[Tensor] = field(default_factory=list)
     qkv: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+
+
+def hardware(config: Any, run: torch.device) -> tuple[str, Literal["float32", "bfloat16"]]:
+    """The device and the precision that a step trains with; ``auto`` is the device of the ``run``."""
+    device = str(run) if config.device == "auto" else config.device
+    if config.precision != "auto":
+        return device, config.precision
+    return device, "bfloat16" if device.startswith("cuda") else "float32"
 
 
 class Network:

@@ -41,7 +41,7 @@ def hill(values: np.ndarray, start: float) -> float:
 
 def tail_exponent(W: Tensor, tail: str = "peak", bins: int = 100) -> float:
     """α of the eigenvalues of W Wᵀ, ``W: (out, in)``."""
-    values = np.sort(torch.linalg.svdvals(W.float()).square().double().numpy())
+    values = np.sort(torch.linalg.svdvals(W.float()).square().double().cpu().numpy())
     values = values[values > 1e-12 * values[-1]] if values[-1] > 0 else values
     if len(values) < 3:
         return 1.0

@@ -110,7 +110,7 @@ def _descent(
     config: BESA,
 ):
     """The layers' rates after every epoch."""
-    p = torch.from_numpy(np.linspace(*limits, config.candidates)).float()
+    p = torch.tensor(np.linspace(*limits, config.candidates), dtype=torch.float32)
     share = torch.tensor(sizes) / sum(sizes)
     start = -2 * ((p - target) / config.spread).square()
     logits = start.repeat(len(names), 1).requires_grad_()

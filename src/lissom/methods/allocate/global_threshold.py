@@ -40,7 +40,7 @@ def summarise(problems: Sequence[Problem], target: float, config: GlobalThreshol
         for rows, part in problem.constraint.slices():
             units = part.pattern.units(score[rows]) if isinstance(part.pattern, Sparse) else score[rows]
             size = score[rows].numel() / units.numel()
-            values = np.quantile(units.double().numpy().ravel() / size, _LEVELS)
+            values = np.quantile(units.double().cpu().numpy().ravel() / size, _LEVELS)
             out.append({f"quantile {j}": float(f"{v:.7g}") for j, v in enumerate(values)})
     return out
 

@@ -31,7 +31,7 @@ class Heal:
     and value relations. ``rewind``: the learning rate starts where its schedule is at this share, as in a training that is
     run again from there. ``gradual``: the share of zeros to which the masks grow meanwhile, by magnitude along a cubic, in
     ``updates`` until the share ``rise`` of the training (layers with an N:M pattern keep theirs). ``tensorboard``: a folder for curves.
-    ``device`` ``auto``: a GPU where there is one, and then ``precision`` ``auto`` is bfloat16 (autocast; the weights stay
+    ``device`` ``auto``: that of the run, and on a GPU then ``precision`` ``auto`` is bfloat16 (autocast; the weights stay
     fp32). ``teacher``: a checkpoint to learn from; empty: the model before compression."""
 
     steps: int = 500

@@ -95,6 +95,11 @@ def reconstruct(problem: BlockProblem, config: Reconstruct) -> dict[str, Solved]
     train = len(targets) - held
     judged = range(train, len(targets)) if held else range(train)
 
+    device = next(iter(latent.values())).device
+
+    def here(samples: Sequence[Tensor], chosen: Sequence[int]) -> Tensor:
+        return torch.cat([samples[i] for i in chosen]).to(device)
+
     def weights() -> dict[str, Tensor]:
         return fixed | {n: legal[n].weight(t, stretch.get(n)) for n, t in latent.items()}
 
@@ -102,7 +107,9 @@ def reconstruct(problem: BlockProblem, config: Reconstruct) -> dict[str, Solved]
     def judge() -> float:
         """The error on the samples held back, always on what the compressed model feeds the block."""
         now = weights()
-        return sum(float(relative_error(problem.forward(now, compressed[i]), targets[i])) for i in judged) / len(judged)
+        return sum(
+            float(relative_error(problem.forward(now, here(compressed, [i])), here(targets, [i]))) for i in judged
+        ) / len(judged)
 
     generator = torch.Generator().manual_seed(config.seed * 100_003 + problem.number)
     groups = [
@@ -125,7 +132,7 @@ def reconstruct(problem: BlockProblem, config: Reconstruct) -> dict[str, Solved]
             order = torch.randperm(train, generator=generator).tolist()
             for at in range(0, train, config.batch):
                 if step in rounds:
-                    some = [(compressed[i], targets[i]) for i in order[:_LOOKED_AT]]
+                    some = [(here(compressed, [i]), here(targets, [i])) for i in order[:_LOOKED_AT]]
                     gradients = _gradients(problem.forward, weights(), movable, some)
                     for n in movable:
                         legal[n] = _moved(
@@ -136,8 +143,8 @@ def reconstruct(problem: BlockProblem, config: Reconstruct) -> dict[str, Solved]
                 chosen = order[at : at + config.batch]
                 source = _source(config.inputs, step, compressed, dense)
                 loss = relative_error(
-                    problem.forward(weights(), torch.cat([source[i] for i in chosen])),
-                    torch.cat([targets[i] for i in chosen]),
+                    problem.forward(weights(), here(source, chosen)),
+                    here(targets, chosen),
                 )
                 if not bool(torch.isfinite(loss)):
                     raise NumericalError(

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...core import Fixed, LowRank, Plain, Problem, RecipeError, Solved, Sparse, Stacked
+from ...core import HOST, Fixed, LowRank, Plain, Problem, RecipeError, Solved, Sparse, Stacked
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ def decompose(M: Tensor, pattern: object, rank: int, alternations: int, seed: in
     if rank == 0:
         return torch.where(pattern.select(M.square()), M, 0.0), M[:, :0], M.T[:, :0]  # type: ignore[attr-defined]
     generator = torch.Generator().manual_seed(seed)
-    Q = torch.linalg.qr(torch.randn(M.shape[1], rank, generator=generator, dtype=M.dtype)).Q
+    start = torch.randn(M.shape[1], rank, generator=generator, dtype=M.dtype, device=HOST).to(M.device)
+    Q = torch.linalg.qr(start).Q
     P = M @ Q
     for step in range(alternations):
         R = M - S

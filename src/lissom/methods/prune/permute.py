@@ -17,6 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...core import HOST
+
 
 def retained(score: Tensor, n: int, m: int) -> float:
     """Sum of the scores that N:M keeps; ``score: (out, in)``."""
@@ -51,7 +53,7 @@ def assign(score: Tensor, n: int, m: int, order: Tensor | None = None, rounds: i
             floor = top[:, :, n - 1] if n < m else torch.zeros_like(candidates)
             base = top[:, :, : n - 1].sum(2) if n < m else top.sum(2)
             gain = torch.stack([(torch.maximum(candidates, floor[:, g, None])).sum(0) for g in range(groups)])
-            _, chosen = linear_sum_assignment((gain + base.sum(0)[:, None]).double().numpy(), maximize=True)
+            _, chosen = linear_sum_assignment((gain + base.sum(0)[:, None]).double().cpu().numpy(), maximize=True)
             trial = places.clone()
             trial[:, position] = places[torch.from_numpy(chosen), position]
             total = retained(score[:, trial.reshape(-1)], n, m)
@@ -72,7 +74,7 @@ def swap(score: Tensor, n: int, m: int, order: Tensor | None = None, block: int 
     block = max(m, block // m * m)
     for start in range(0, columns, block):
         stop = min(start + block, columns)
-        for i, j in torch.randint(start, stop, (m * (stop - start), 2), generator=generator).tolist():
+        for i, j in torch.randint(start, stop, (m * (stop - start), 2), generator=generator, device=HOST).tolist():
             a, b = i // m * m, j // m * m
             if a == b:
                 continue

@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...core import Levels, Masked, Problem, RecipeError, Solved
+from ...core import HOST, Levels, Masked, Problem, RecipeError, Solved
 from ...core.grid import spread_groups
 from .common import finish, grids, half, layers, restack, start
 
@@ -105,7 +105,9 @@ def scales(amax: Tensor, name: str, top: float) -> tuple[Tensor, str, float]:
 
 def known(W: Tensor, name: str, bits: int, group: int, shrink: float) -> Levels:
     """Round to the nearest level of a known table."""
-    table = table_of(name, bits)
+    with HOST:  # kept for everyone
+        table = table_of(name, bits)
+    table = table.to(W.device)
     top = float(table.abs().max())
     columns = W.shape[1]
     count = math.ceil(columns / group)

@@ -93,7 +93,7 @@ def mse(x: Tensor, bits: int, symmetric: bool = False, norm: float = 2.4, steps:
 def entropy(x: Tensor, bits: int = 8, bins: int = 2048) -> tuple[Tensor, Tensor]:
     """One threshold per row by the histogram of |x|; ``bins`` > 2^(bits−1)."""
     tops = []
-    for row in x.abs().double().numpy():
+    for row in x.abs().double().cpu().numpy():
         tops.append(_entropy_threshold(row, 2 ** (bits - 1), bins))
     top = x.new_tensor(tops)[:, None]
     return -top, top

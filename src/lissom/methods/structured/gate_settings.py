@@ -15,7 +15,7 @@ class UnitTraining:
     ``steps`` of ``batch`` windows of ``length`` tokens of ``data`` (a file or a name; empty: the calibration's), with the
     losses ``text`` (next token) and ``logits`` (KL to the dense model). ``weights``: what is trained besides: "all" linear
     layers, "lora" updates of ``rank``, or "frozen". ``gate_rate``: learning rate of gates and multipliers. The target
-    sparsity rises linearly over the share ``ramp`` of the training. ``device`` ``auto``: a GPU where there is one, and then
+    sparsity rises linearly over the share ``ramp`` of the training. ``device`` ``auto``: that of the run, and on a GPU
     ``precision`` ``auto`` is bfloat16. ``target``, ``of``: a size that the result must not exceed.
     """
 
