@@ -96,12 +96,15 @@ def lissom_rows() -> dict[str, list[str]]:
         "GPTQ": "int3",
         "descent": "gptq-descent",
         "autoround": "autoround",
+        "GPTQ, tokens alike": "int3",
         "GPTQ + reconstruct": str(HERE / "recipes" / "gptq-reconstruct.yaml"),
     }
     for bits in (3, 4):
         for symmetric, word in (("true", "sym"), ("false", "asym")):
             for name, recipe in recipes.items():
                 sets = [f"bits={bits}", f"group_size={GROUP}", f"symmetric={symmetric}"]
+                if name.endswith("alike"):
+                    sets.append("token_fisher=0")
                 whole = [a for s in sets for a in ("--set", s)]
                 out[f"lissom {name} W{bits} {word}"] = ["--recipe", recipe, *whole, "--format", "packed"]
     for method in ("random", "structured-magnitude", "flap"):
