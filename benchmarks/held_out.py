@@ -109,6 +109,7 @@ TOKENS: dict[str, tuple[list[dict[str, Any]], float]] = {
     **{f"gptq, 3 bits, tokens^{e}": ([{"use": "gptq", "bits": 3}], e) for e in (0, 0.5)},
     **{f"gptq-descent, 2 bits in groups of 32, tokens^{e}": (TWO_BITS, e) for e in (0, 0.5)},
     **{f"recipe int3, tokens^{e}": (shipped("int3"), e) for e in (0, 0.25, 0.5)},
+    **{f"bits by layer, recipe int3, tokens^{e}": ([{"use": "bits"}, *shipped("int3")], e) for e in (0, 0.5)},
     **{f"recipe int4, tokens^{e}": (shipped("int4"), e) for e in (0, 0.5)},
     **{f"recipe aggressive (INT4), tokens^{e}": (shipped("aggressive"), e) for e in (0, 0.5)},
     "recipe aggressive (INT4, ranges by MSE), tokens^0": (_with("aggressive", range="mse"), 0),

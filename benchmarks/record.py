@@ -42,6 +42,7 @@ def gap(n: int) -> dict[str, list[str]]:
     return {
         f"unstructured {sparsity:.1%}": plain,
         f"{n}:16": [*plain, "--set", f"pattern={n}:16"],
+        f"{n}:16 permuted": ["--recipe", str(HERE / "recipes" / "n-16-permuted.yaml"), "--set", f"pattern={n}:16"],
         f"{2 * n}:32": [*plain, "--set", f"pattern={2 * n}:32"],
         f"clusters unstructured {sparsity:.1%}": best(sparsity, "--set", "row_fisher=0"),
         f"clusters N:16 {sparsity:.1%}": layers,
@@ -92,7 +93,7 @@ def found(name: str) -> dict | None:
 
 
 def perplexity(name: str) -> float | None:
-    row = found(name)
+    row = found(name) if name else None
     return row["evaluate"]["perplexity"] if row else None
 
 
@@ -132,10 +133,11 @@ def gap_table() -> list[str]:
         s = f"{1 - n / 16:.1%}"
         for budgets, names in (
             ("uniform", (f"unstructured {s}", f"{n}:16", f"{2 * n}:32")),
+            ("uniform, inputs reordered", (f"unstructured {s}", f"{n}:16 permuted", "")),
             ("loss clusters", (f"clusters unstructured {s}", f"clusters N:16 {s}", f"clusters N:32 {s}")),
         ):
             u, a, b = (perplexity(name) for name in names)
-            if not (u or a or b):
+            if not (a or b):
                 continue
             lines.append(
                 f"| {s} | {budgets} | {number(u)} | {number(a)} | {ratio(a, u)} | {number(b)} | {ratio(b, u)} |"
