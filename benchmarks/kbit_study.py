@@ -1,101 +1,67 @@
 """k-bit scaling on one model: perplexity against total bits over bits × group size × sparsity (methods/02 §31).
 
-    .venv/bin/python benchmarks/kbit_study.py [MODEL] [--groups 0,32,64,128] [--samples 8] [--windows 8] [--length 512] [--render]
+    .venv/bin/python benchmarks/kbit_study.py [MODEL] [--groups 64,128,0,32] [--samples 8] [--windows 8] [--length 512] [--render]
 
-One pass over the blocks for each group size; its rows go to benchmarks/rows/kbit/, and passes that are there are not run again.
-Every choice is solved by the joint error-feedback sweep on the *dense* model's inputs (all choices of a pass in one stack), and
-without zeros by rounding to nearest too. Evaluation windows stream along through each of the models, in memory, with the
-embedding in 8 bits. Total bits are those of the packed form: codes of the weights that are not zero, masks, scales, zero
-points, 8-bit embedding, norms. `--render` draws benchmarks/figures/kbit.png and prints the Pareto front.
+Every choice is a model of its own, compressed in memory as a run would: GPTQ, or SparseGPT and GPTQ in one sweep, each layer on the
+inputs that the compressed layers before it give; without zeros rounding to nearest too. Total bits are those of the packed form: codes
+of the weights that are not zero, masks, scales, zero points, 8-bit embedding, norms. Rows go to benchmarks/rows/kbit.jsonl and are not
+measured again. `--render` draws benchmarks/figures/kbit.png and writes the Pareto front into RESULTS.md.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from study import DATA, into_results, study_parser
-from torch import Tensor
+from study import DATA, HERE, calibrated, into_results, judged, study_parser
 
-from lissom.core import Both, Grid, Problem, Sparse, Stack, Stats, sweep
-from lissom.evaluate import load_text, token_losses, tokenize, windows
 from lissom.export import open_model
-from lissom.models import Linear, Model
+from lissom.models import Model
+from lissom.pipeline import read
 from lissom.pipeline.curves import outer_as_saved
-from lissom.pipeline.data import embed, load_calibration
 from lissom.pipeline.prices import embedding_bytes, fixed_bytes, layer_bytes
-from lissom.pipeline.recipe import Calibration, ConstraintSettings, Save
-from lissom.pipeline.stream import stream_block
+from lissom.pipeline.recipe import ConstraintSettings, Save
+from lissom.pipeline.stream import LayerResult
 
-HERE = Path(__file__).parent
 BITS, SPARSITIES = (2, 3, 4, 8), (0.0, 0.5, 0.7)
 SAVE = Save("packed", embedding_bits=8)
-Choice = tuple[str, int, float]  # method, bits, sparsity
+Choice = tuple[str, int, int, float]  # method, bits, group (0: a row), sparsity
 
 
-def choices() -> list[Choice]:
-    return [("rtn", b, 0.0) for b in BITS] + [("sweep", b, s) for b, s in product(BITS, SPARSITIES)]
+def choices(groups: list[int]) -> list[Choice]:
+    plain = [("rtn", b, g, 0.0) for g in groups for b in BITS]
+    return plain + [("sweep", b, g, s) for g, b, s in product(groups, BITS, SPARSITIES)]
 
 
-def solved(W: Tensor, stats: Stats, group: int, found: list[Choice]) -> Iterator[tuple[Choice, Tensor]]:
-    """The weights (out, in) of a stage's stacked layers under every choice; sparsity is that of each stage."""
-    size = group if 0 < group < W.shape[1] else None
-    swept = [c for c in found if c[0] == "sweep"]
-    parts = tuple((len(W), Both(Sparse(s) if s else None, Grid(b, size))) for _, b, s in swept)
-    problem = Problem(W.repeat(len(swept), 1), stats, Stack(parts), (), None, {})
-    many = sweep(problem, problem.factor(0.01)).weight
-    yield from zip(swept, many.split(len(W)), strict=True)
-    for choice in found:
-        if choice[0] == "rtn":
-            yield choice, Grid(choice[1], size).project(W)
+def step_of(choice: Choice) -> dict[str, Any]:
+    method, bits, group, sparsity = choice
+    grid = {"bits": bits, "group_size": group}
+    if sparsity:
+        return {"use": "sparsegpt", "sparsity": sparsity, **grid}
+    return {"use": "rtn" if method == "rtn" else "gptq", **grid}
 
 
-@torch.no_grad()
-def run_pass(model: Model, group: int, ids: Tensor, test: Tensor) -> list[dict[str, Any]]:
-    """One row for each choice at this group size (0: one scale a row)."""
-    found, start = choices(), time.perf_counter()
-    dtype = torch.float16
-    outer = outer_as_saved(model, SAVE, dtype)
-    hidden = embed(model, ids)
-    streams = {c: torch.cat(embed(model, test, outer)) for c in found}
-    model.release()
-    sizes = dict.fromkeys(found, 0.0)
-    for i in range(model.blocks):
-        block, weights = model.load_block(i), {}
+def measure(model: Model, choice: Choice, data: Any) -> dict[str, Any]:
+    method, bits, group, sparsity = choice
+    dtype, settings, size = torch.float16, ConstraintSettings(bits=bits, group_size=group), 0.0
 
-        def visit(stage: tuple[Linear, ...], stats: Stats, block: Any = block, weights: Any = weights) -> None:
-            W = torch.cat([block.weight(la.name) for la in stage])
-            for choice, made in solved(W, stats, group, found):
-                settings = ConstraintSettings(bits=choice[1], group_size=group)
-                for la, own in zip(stage, made.split([la.rows for la in stage]), strict=True):
-                    weights[choice, la.name] = own.clone()
-                    zeros = float((own != 0).sum()) if choice[2] else None
-                    sizes[choice] += layer_bytes(la, settings, choice[2], choice[1], zeros)
+    def weigh(result: LayerResult) -> None:
+        nonlocal size
+        zeros = float((result.solved.weight != 0).sum()) if sparsity else None
+        size += layer_bytes(result.layer, settings, sparsity, bits, zeros)
 
-        hidden = stream_block(block, hidden, visit)
-        for choice in found:
-            for la in block.linears:
-                block.set_weight(la.name, weights.pop((choice, la.name)))
-            streams[choice] = torch.cat([block.forward(h) for h in streams[choice].split(4)])
-        print(f"group {group}: block {i + 1}/{model.blocks}, {time.perf_counter() - start:.0f} s", flush=True)
+    step = read([step_of(choice)]).steps[0]
+    perplexity = judged(model, step, data, outer_as_saved(model, SAVE, dtype), weigh)
     layers = [la for i in range(model.blocks) for la in model.linears(i)]
     rest = fixed_bytes(model, layers, dtype) + embedding_bytes(model, SAVE, 8)
-    out = []
-    for (method, bits, sparsity), h in streams.items():
-        losses = torch.cat([token_losses(model, x[None], row, outer).flatten() for x, row in zip(h, test, strict=True)])
-        size = sizes[method, bits, sparsity]
-        out.append({
-            "method": method, "bits": bits, "group": group, "sparsity": sparsity,
-            "perplexity": float(losses.mean().exp()) if float(losses.mean()) < 700 else math.inf,
-            "linear_bits_per_weight": 8 * size / sum(la.rows * la.columns for la in layers), "total_bits": 8 * (size + rest),
-        })  # fmt: skip
-    return out
+    return {
+        "method": method, "bits": bits, "group": group, "sparsity": sparsity, "perplexity": perplexity,
+        "linear_bits_per_weight": 8 * size / sum(la.rows * la.columns for la in layers), "total_bits": 8 * (size + rest),
+    }  # fmt: skip
 
 
 def front(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -126,7 +92,11 @@ def draw(rows: list[dict[str, Any]], dense: dict[str, Any], path: Path) -> None:
         )  # fmt: skip
     best = front(rows)
     ax.plot(
-        [r["total_bits"] / 8e6 for r in best], [r["perplexity"] for r in best], color="#22303c", linewidth=1, zorder=0
+        [r["total_bits"] / 8e6 for r in best],
+        [min(r["perplexity"], 1e4) for r in best],
+        color="#22303c",
+        linewidth=1,
+        zorder=0,
     )
     ax.axhline(dense["perplexity"], color="#66757f", linestyle="--", linewidth=0.9)
     ax.annotate(
@@ -147,34 +117,30 @@ def draw(rows: list[dict[str, Any]], dense: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = study_parser(__doc__, 8)
-    parser.add_argument("--groups", default="128,32,64,0")
     parser.add_argument("--test", default=str(DATA / "test.raw.txt"))
-    parser.add_argument("--rows", type=Path, default=HERE / "rows" / "kbit")
+    parser.add_argument("--groups", default="64,128,0,32")
+    parser.add_argument("--rows", type=Path, default=HERE / "rows" / "kbit.jsonl")
     parser.add_argument("--render", action="store_true")
     options = parser.parse_args()
-    options.rows.mkdir(parents=True, exist_ok=True)
+    lines = options.rows.read_text().splitlines() if options.rows.exists() else []
+    rows = [json.loads(line) for line in lines]
     if not options.render:
-        model = Model(open_model(options.model))
-        tokenizer = model.checkpoint.tokenizer()
-        setting = Calibration(options.calibration, options.samples, options.length)
-        ids = load_calibration(tokenizer, setting, model.config.vocab_size).ids
-        test = windows(tokenize(tokenizer, load_text(options.test)), options.windows, options.length)
-        dense = options.rows / "dense.json"
-        if not dense.exists():
-            with torch.no_grad():
-                losses = []
-                for row in test:
-                    h = model.embed(row[None])
-                    for i in range(model.blocks):
-                        h = model.load_block(i).forward(h)
-                    losses.append(token_losses(model, h, row).flatten())
-            dense.write_text(json.dumps({"perplexity": float(torch.cat(losses).mean().exp())}))
-        for group in map(int, options.groups.split(",")):
-            path = options.rows / f"group-{group}.json"
-            if not path.exists():
-                path.write_text(json.dumps(run_pass(model, group, ids, test), indent=1))
-    rows = [row for path in sorted(options.rows.glob("group-*.json")) for row in json.loads(path.read_text())]
-    dense = json.loads((options.rows / "dense.json").read_text())
+        model, start = Model(open_model(options.model)), time.perf_counter()
+        data = calibrated(model, options)
+        done = {(r["method"], r["bits"], r["group"], r["sparsity"]) for r in rows}
+        for choice in choices([int(g) for g in options.groups.split(",")]):
+            if choice not in done:
+                rows.append(measure(model, choice, data))
+                with options.rows.open("a") as file:
+                    file.write(json.dumps(rows[-1]) + "\n")
+                print(*choice, f"{rows[-1]['perplexity']:.2f}, {time.perf_counter() - start:.0f} s", flush=True)
+        if "dense" not in {r["method"] for r in rows}:
+            plain = {"method": "dense", "bits": 16, "group": 0, "sparsity": 0.0}
+            rows.append(plain | {"perplexity": judged(model, None, data), "total_bits": 8 * model.checkpoint.bytes})
+            with options.rows.open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+    dense = next(r for r in rows if r["method"] == "dense")
+    rows = [r for r in rows if r is not dense]
     draw(rows, dense, HERE / "figures" / "kbit.png")
     lines = ["| MB | perplexity | bits | group | zeros | method |", "|---|---|---|---|---|---|"]
     for r in front(rows):

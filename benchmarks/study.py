@@ -1,9 +1,20 @@
 """What the benchmarks share: arguments of the studies in memory, and the page of results."""
 
 import argparse
+import dataclasses
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+
+import torch
+
+from lissom.evaluate import load_text, token_losses, tokenize, windows
+from lissom.models import Model
+from lissom.pipeline.data import CalibrationSet, load_calibration
+from lissom.pipeline.recipe import Calibration, Step
+from lissom.pipeline.stream import LayerResult
+from lissom.pipeline.trials import trial
 
 HERE = Path(__file__).parent
 PAGE = HERE / "RESULTS.md"
@@ -19,6 +30,30 @@ def study_parser(description: str | None, windows: int) -> argparse.ArgumentPars
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--calibration", default=str(DATA / "valid.txt"))
     return parser
+
+
+def calibrated(model: Model, options: argparse.Namespace) -> CalibrationSet:
+    """Calibration samples, with the windows of the test text as what goes along and feeds no statistics."""
+    tokenizer = model.checkpoint.tokenizer()
+    setting = Calibration(options.calibration, options.samples, options.length)
+    data = load_calibration(tokenizer, setting, model.config.vocab_size)
+    test = windows(tokenize(tokenizer, load_text(options.test)), options.windows, options.length)
+    return dataclasses.replace(data, held_out=test)
+
+
+@torch.no_grad()
+def judged(
+    model: Model,
+    step: Step | None,
+    data: CalibrationSet,
+    outer: Mapping[str, torch.Tensor] | None = None,
+    visit: Callable[[LayerResult], None] | None = None,
+) -> float:
+    """Perplexity on the test windows of the model compressed by one step in memory; ``outer``: tensors outside of blocks."""
+    final = trial(model, [(step, None)] if step else [], data, outer=outer, visit=visit)
+    losses = [token_losses(model, h[None], row, outer) for h, row in zip(final, data.held_out, strict=True)]
+    mean = float(torch.cat(losses).double().mean())
+    return math.exp(mean) if mean < 700 else math.inf
 
 
 def into_results(mark: str, lines: Iterable[str]) -> None:

@@ -2,7 +2,8 @@
 
 `lazy` is a device type that torch knows by name and has no library for. A tensor there is an :class:`OnDevice` around one of the
 host, which does the arithmetic, so that results are the same bits as on the host. As on a GPU, an operation on tensors of both
-places fails (scalars may come from anywhere, a mask or index of the host may index), and numpy cannot read it.
+places fails (scalars may come from anywhere, a mask or index of the host may index), so does one that draws there with a generator of the
+host, and numpy cannot read it.
 """
 
 from __future__ import annotations
@@ -53,11 +54,16 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
     plain, more = tree_map(held, args), tree_map(held, kwargs)
     if asked is not None:
+        if torch.device(asked).type == TYPE and kwargs.get("generator") is not None:
+            raise RuntimeError(f"{name}: the generator is of the host and the numbers are to be on the device")
         more["device"] = torch.device("cpu")
     if name == "aten::copy_":  # the only one that reads from one place and writes to the other
         func(*plain, **more)
         return args[0]
-    if here and host and not (name in _INDEXING and isinstance(args[0], OnDevice)):
+    if name in _INDEXING and isinstance(args[0], OnDevice):
+        indices = [t for t in args[1] if t is not None]
+        host = [t for t in host if not any(t is index for index in indices)]
+    if here and host:
         places = [("device", *t.shape) for t in here] + [("host", *t.shape) for t in host]
         raise RuntimeError(f"{name}: tensors are not on one device: {places}")
     out = func(*plain, **more)

@@ -58,7 +58,7 @@ def invert_upper(R: Tensor) -> Tensor:
     """
     n = len(R)
     if n <= _SMALL:
-        return torch.linalg.solve_triangular(R, torch.eye(n, dtype=R.dtype), upper=True)
+        return torch.linalg.solve_triangular(R, torch.eye(n, dtype=R.dtype, device=R.device), upper=True)
     half = n // 2
     out = torch.zeros_like(R)
     out[:half, :half] = invert_upper(R[:half, :half])

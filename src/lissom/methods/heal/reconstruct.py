@@ -38,7 +38,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...core import BlockForward, BlockProblem, NumericalError, Solved
+from ...core import HOST, BlockForward, BlockProblem, NumericalError, Solved
 from .legal import Legal
 
 
@@ -129,7 +129,7 @@ def reconstruct(problem: BlockProblem, config: Reconstruct) -> dict[str, Solved]
     step = 0
     with torch.enable_grad():
         for _ in range(config.epochs):
-            order = torch.randperm(train, generator=generator).tolist()
+            order = torch.randperm(train, generator=generator, device=HOST).tolist()
             for at in range(0, train, config.batch):
                 if step in rounds:
                     some = [(here(compressed, [i]), here(targets, [i])) for i in order[:_LOOKED_AT]]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...core import UnitProblem
+from ...core import HOST, UnitProblem
 from .shares import Shares
 
 
@@ -27,4 +27,5 @@ class RandomUnits(Shares):
 def random_units(problem: UnitProblem, config: RandomUnits) -> Tensor:
     """Score of every unit, (units,)."""
     mixed = zlib.crc32(f"{config.seed} {problem.block} {problem.units.kind}".encode())
-    return torch.rand(problem.units.count, generator=torch.Generator().manual_seed(mixed))
+    generator = torch.Generator().manual_seed(mixed)
+    return torch.rand(problem.units.count, generator=generator, device=HOST)
