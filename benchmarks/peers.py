@@ -97,6 +97,7 @@ def lissom_rows() -> dict[str, list[str]]:
         "descent": "gptq-descent",
         "autoround": "autoround",
         "GPTQ, tokens alike": "int3",
+        "GPTQ + reconstruct, 8 epochs": str(HERE / "recipes" / "gptq-reconstruct.yaml"),
         "GPTQ + reconstruct": str(HERE / "recipes" / "gptq-reconstruct.yaml"),
     }
     for bits in (3, 4):
@@ -105,6 +106,8 @@ def lissom_rows() -> dict[str, list[str]]:
                 sets = [f"bits={bits}", f"group_size={GROUP}", f"symmetric={symmetric}"]
                 if name.endswith("alike"):
                     sets.append("token_fisher=0")
+                if name.endswith("8 epochs"):
+                    sets.append("epochs=8")
                 whole = [a for s in sets for a in ("--set", s)]
                 out[f"lissom {name} W{bits} {word}"] = ["--recipe", recipe, *whole, "--format", "packed"]
     for method in ("random", "structured-magnitude", "flap"):
