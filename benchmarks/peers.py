@@ -96,6 +96,7 @@ def lissom_rows() -> dict[str, list[str]]:
         "GPTQ": "int3",
         "descent": "gptq-descent",
         "autoround": "autoround",
+        "autoround of 60 iterations, tokens weighed": "autoround",
         "GPTQ, tokens alike": "int3",
         "GPTQ + reconstruct, 8 epochs": str(HERE / "recipes" / "gptq-reconstruct.yaml"),
         "GPTQ + reconstruct": str(HERE / "recipes" / "gptq-reconstruct.yaml"),
@@ -106,6 +107,8 @@ def lissom_rows() -> dict[str, list[str]]:
                 sets = [f"bits={bits}", f"group_size={GROUP}", f"symmetric={symmetric}"]
                 if name.endswith("alike"):
                     sets.append("token_fisher=0")
+                if name.endswith("weighed"):
+                    sets += ["iterations=60", "token_fisher=0.5"]
                 if name.endswith("8 epochs"):
                     sets.append("epochs=8")
                 whole = [a for s in sets for a in ("--set", s)]
