@@ -33,8 +33,8 @@ Choice = tuple[str, int, int, float]  # method, bits, group (0: a row), sparsity
 
 
 def choices(groups: list[int]) -> list[Choice]:
-    plain = [("rtn", b, g, 0.0) for g in groups for b in BITS]
-    return plain + [("sweep", b, g, s) for g, b, s in product(groups, BITS, SPARSITIES)]
+    kinds = [("rtn", 0.0), *(("sweep", s) for s in SPARSITIES)]
+    return [(method, b, g, s) for g, b, (method, s) in product(groups, BITS, kinds)]
 
 
 def step_of(choice: Choice) -> dict[str, Any]:
