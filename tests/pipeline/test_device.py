@@ -171,7 +171,7 @@ def test_a_run_does_not_go_on_from_another_device(random_checkpoint, tmp_path):
         compress(model, tmp_path / "out", [PRUNE], overrides=FEW, device=TYPE)
 
 
-@pytest.mark.parametrize("device", ["cuda:7", "nonsense", TYPE])
+@pytest.mark.parametrize("device", ["cuda:7", "nonsense", "meta", TYPE])
 def test_a_device_that_is_not_there_is_refused_before_any_work(random_checkpoint, tmp_path, device):
     with pytest.raises(RecipeError, match=f"device {device} cannot be used here"):
         compress(random_checkpoint("llama"), tmp_path / "out", [PRUNE], overrides=FEW, device=device)

@@ -25,7 +25,7 @@ def device_named(name: str | torch.device) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(1, device=name)
+        float(torch.zeros(1, device=name))  # `meta` makes tensors, but holds no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise RecipeError(
             f"device {name} cannot be used here: {str(error).splitlines()[0]}; leave it out, or say cpu"
