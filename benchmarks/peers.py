@@ -92,25 +92,20 @@ def lissom_rows() -> dict[str, list[str]]:
         out[f"lissom sparsegpt {sparsity:.0%}"] = ["--recipe", "sparsegpt", "--set", value]
         whole = ["--set", "bits=16", "--set", "embedding_bits=16"]
         out[f"lissom aggressive {sparsity:.0%}"] = ["--recipe", "aggressive", "--set", value, *whole]
-    recipes = {
-        "GPTQ": "int3",
-        "descent": "gptq-descent",
-        "autoround": "autoround",
-        "autoround of 60 iterations, tokens weighed": "autoround",
-        "GPTQ, tokens alike": "int3",
-        "GPTQ + reconstruct, 8 epochs": str(HERE / "recipes" / "gptq-reconstruct.yaml"),
-        "GPTQ + reconstruct": str(HERE / "recipes" / "gptq-reconstruct.yaml"),
+    reconstructed = str(HERE / "recipes" / "gptq-reconstruct.yaml")
+    recipes: dict[str, tuple[str, list[str]]] = {
+        "GPTQ": ("int3", []),
+        "descent": ("gptq-descent", []),
+        "autoround": ("autoround", []),
+        "autoround of 60 iterations, tokens weighed": ("autoround", ["iterations=60", "token_fisher=0.5"]),
+        "GPTQ, tokens alike": ("int3", ["token_fisher=0"]),
+        "GPTQ + reconstruct": (reconstructed, []),
+        "GPTQ + reconstruct, 8 epochs": (reconstructed, ["epochs=8"]),
     }
     for bits in (3, 4):
         for symmetric, word in (("true", "sym"), ("false", "asym")):
-            for name, recipe in recipes.items():
-                sets = [f"bits={bits}", f"group_size={GROUP}", f"symmetric={symmetric}"]
-                if name.endswith("alike"):
-                    sets.append("token_fisher=0")
-                if name.endswith("weighed"):
-                    sets += ["iterations=60", "token_fisher=0.5"]
-                if name.endswith("8 epochs"):
-                    sets.append("epochs=8")
+            for name, (recipe, more) in recipes.items():
+                sets = [f"bits={bits}", f"group_size={GROUP}", f"symmetric={symmetric}", *more]
                 whole = [a for s in sets for a in ("--set", s)]
                 out[f"lissom {name} W{bits} {word}"] = ["--recipe", recipe, *whole, "--format", "packed"]
     for method in ("random", "structured-magnitude", "flap"):

@@ -12,7 +12,7 @@ from lissom.evaluate import evaluate
 from lissom.methods import METHODS
 from lissom.methods.quantize import METHODS as QUANTIZERS
 from lissom.pipeline import compress
-from lissom.pipeline.stream import Aside
+from lissom.pipeline.waiting import Aside
 
 FEW = ["samples=2", "length=24", f"calibration.data={tiny.__file__}"]
 PRUNE = {"use": "sparsegpt", "sparsity": 0.5}

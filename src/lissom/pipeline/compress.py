@@ -42,12 +42,13 @@ from .recipe import Step
 from .shapes import structured_plan
 from .shots import earlier_shots
 from .sizing import check_target, chosen_save, expectation, size_budgets, with_choice
-from .stream import Extras, LayerResult, Spill, histogram_bins, solve_stage, stream_block
+from .stream import Extras, LayerResult, histogram_bins, solve_stage, stream_block
 from .structured import smaller_model
 from .structured_targets import with_targets
 from .summary import peak_memory, versions
 from .trials import Budgets
 from .verify import verify
+from .waiting import Spill
 from .workdir import check_writable, dump_json, first_sample, hidden_files, keep_hidden, start
 
 Tick = Callable[[str, int, int], None]

@@ -12,15 +12,11 @@ and each product with a weight matrix is done exactly once, with the compressed 
 from __future__ import annotations
 
 import ctypes
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..core import (
@@ -31,7 +27,6 @@ from ..core import (
     Factor,
     Fixed,
     NumericalError,
-    OutputError,
     Pattern,
     Problem,
     Solved,
@@ -47,6 +42,7 @@ from ..models import Block, Linear, Model, Run
 from .gradients import OUTPUT_POWER, TOKEN_WEIGHT
 from .layers import constraint_for, wanted
 from .recipe import Step
+from .waiting import Aside
 
 try:
     _trim = ctypes.CDLL(None).malloc_trim
@@ -65,58 +61,6 @@ _LEAST_POWER = 1e-6  # of a row, beside the mean
 _SAMPLE = 1 << 18  # inputs of a stage that a calibrator of ranges looks at
 Visit = Callable[[tuple[Linear, ...], Stats], None]
 Extras = Callable[[int], Mapping[str, Mapping[str, Tensor]]]  # of a block, by number: layer → extra → tensor
-
-
-class Aside:
-    """Keeps the state of waiting batches in the host's memory, out of that of the device."""
-
-    def __init__(self) -> None:
-        self._kept: dict[int, dict[str, Tensor]] = {}
-
-    def put(self, index: int, state: dict[str, Any]) -> None:
-        tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
-        self._keep(index, moved(tensors, HOST))
-        for key in tensors:
-            del state[key]
-
-    def get(self, index: int, state: dict[str, Any], device: torch.device) -> None:
-        state.update(moved(self._take(index), device))
-
-    def _keep(self, index: int, tensors: dict[str, Tensor]) -> None:
-        self._kept[index] = tensors
-
-    def _take(self, index: int) -> dict[str, Tensor]:
-        return self._kept.pop(index, {})
-
-
-class Spill(Aside):
-    """Keeps it on disk: one file per batch, removed when done."""
-
-    def __init__(self, folder: Path):
-        self._folder = Path(tempfile.mkdtemp(prefix="spill-", dir=folder))
-
-    def _keep(self, index: int, tensors: dict[str, Tensor]) -> None:
-        try:
-            save_file({k: v.contiguous().clone() for k, v in tensors.items()}, self._path(index))
-        except (OSError, SafetensorError) as error:
-            raise OutputError(
-                f"cannot spill activations to {self._folder}: {error}. Make room or run without --spill"
-            ) from error
-
-    def _take(self, index: int) -> dict[str, Tensor]:
-        if not self._path(index).exists():
-            return {}
-        found = load_file(self._path(index))
-        self._path(index).unlink()
-        return found
-
-    def close(self) -> None:
-        for path in self._folder.glob("*"):
-            path.unlink()
-        self._folder.rmdir()
-
-    def _path(self, index: int) -> Path:
-        return self._folder / f"{index}.safetensors"
 
 
 def stream_block(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...core import Codes, GridParams, Solved
+from ...core import Codes, GridParams, Solved, moved
 from ...core.grid import spread_groups
 
 _LEAST = 2.0**-24  # of half precision: a scale never becomes zero, by which weights are divided
@@ -33,10 +33,7 @@ class Legal:
         return None if solved.stored is not None else cls(solved.mask, solved.codes)
 
     def to(self, device: str | torch.device) -> Legal:
-        c, mask = self.codes, self.mask
-        if c is not None:
-            c = replace(c, values=c.values.to(device), scale=c.scale.to(device), zero=c.zero.to(device))
-        return Legal(None if mask is None else mask.to(device), c)
+        return moved(self, torch.device(device))
 
     def scale(self, stretch: Tensor) -> Tensor:
         """The scales (out, groups) times e^``stretch``, as half precision holds them."""
