@@ -270,8 +270,7 @@ def test_a_disk_that_fills_up_keeps_what_is_finished(lissom, random_checkpoint, 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", failing(Path.open))
         patch.setattr(Path, "write_text", failing(lambda p, *a, _o=Path.write_text, **k: _o(p, *a, **k)))
-        for module in ("lissom.pipeline.workdir", "lissom.pipeline.stream"):
-            patch.setattr(sys.modules[module], "save_file", saving(safetensors.torch.save_file))
+        patch.setattr(sys.modules["lissom.pipeline.workdir"], "save_file", saving(safetensors.torch.save_file))
         done = lissom("compress", source, out, "-r", "wanda", *SMALL)
     assert done.code == 5, done.err
     assert "No space left" in done.err and "Traceback" not in done.err
