@@ -1,11 +1,11 @@
 """Recipes compared on held-out calibration text, in memory: what choices are made by before an artefact is measured.
 
-    .venv/bin/python benchmarks/held_out.py [--only PATTERN] [--list] [--render]
+    .venv/bin/python benchmarks/held_out.py [--only PATTERN] [--share 1/4] [--list] [--render]
 
 Calibration: 8 × 512 tokens of the first four fifths of WikiText-2 valid, or what the row's name says; perplexity of 8 windows of
 512 tokens of the last fifth. "Own text" is sampled from the model at temperature 1, each text from a random token (LLM-QAT,
 arXiv 2305.17888, without its greedy start). Rows are kept in benchmarks/rows/held-out.jsonl and not run again; delete a line
-to repeat it. `--render` writes the tables into RESULTS.md.
+to repeat it. `--share 1/4`: the first of every four, for four calls at once. `--render` writes the tables into RESULTS.md.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 from study import into_results
 from torch import Tensor
 
+from lissom.core import device_named
 from lissom.evaluate import load_text, samples, tokenize
 from lissom.export import open_model
 from lissom.models import Model
@@ -153,8 +154,8 @@ def pool(source: str, name: str, tokenizer: Any, vocabulary: int, tokens: int) -
 def measure(
     source: str, steps: list[dict[str, Any]], text: tuple[int, int, tuple[str, ...]] | None, token_fisher: float = 0
 ) -> dict[str, Any]:
-    checkpoint = open_model(source)
-    model = Model(checkpoint)
+    checkpoint, device = open_model(source), device_named("auto")
+    model = Model(checkpoint, device=device)
     count, length, names = text or (8, 512, ("valid",))
     recipe = read(
         {"steps": steps, "calibration": {"data": str(DATA / "valid.txt")}},
@@ -177,12 +178,16 @@ def measure(
         extras = for_recipe(model, data.ids, Path(folder), recipe)
         budgets, _ = budgets_for(model, plan, data, extras=extras, floors=floors)
         loss = trial_loss(model, plan, budgets, data, extras=extras)
-    return {"perplexity": math.exp(loss), "cpu_seconds": round(time.process_time() - started, 1)}
+    return {"perplexity": math.exp(loss), "cpu_seconds": round(time.process_time() - started, 1), "device": device.type}
 
 
 def render(found: dict[str, dict[str, Any]]) -> str:
     def cell(name: str) -> str:
-        return f"{found[name]['perplexity']:.1f} | {found[name]['cpu_seconds']:.0f}" if name in found else " | "
+        if not (row := found.get(name)):
+            return " | "
+        return f"{row['perplexity']:.1f} | " + (
+            f"{row['cpu_seconds']:.0f}" if row.get("device", "cpu") == "cpu" else "GPU"
+        )
 
     def table(title: str, names: list[str]) -> list[str]:
         head = ["", f"| {title} | perplexity | CPU seconds |", "|---|---|---|"]
@@ -200,6 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model", nargs="?", default="demo")
     parser.add_argument("--only", default="")
+    parser.add_argument("--share", default="1/1")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--render", action="store_true")
     options = parser.parse_args()
@@ -208,7 +214,8 @@ def main() -> None:
     rows: dict[str, tuple[Any, ...]] = {name: (steps, None) for name, steps in ROWS.items()}
     rows |= {name: (steps, None, e) for name, (steps, e) in TOKENS.items()}
     rows |= {name: (BEST, text) for name, text in TEXTS.items()}
-    waiting = [n for n in rows if n not in found and re.search(options.only, n)]
+    which, of = map(int, options.share.split("/"))
+    waiting = [n for n in list(rows)[which - 1 :: of] if n not in found and re.search(options.only, n)]
     if options.list:
         print("\n".join(waiting))
     elif not options.render:

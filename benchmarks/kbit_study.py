@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from study import DATA, HERE, calibrated, into_results, judged, study_parser
 
+from lissom.core import device_named
 from lissom.export import open_model
 from lissom.models import Model
 from lissom.pipeline import read
@@ -125,7 +126,7 @@ def main() -> None:
     lines = options.rows.read_text().splitlines() if options.rows.exists() else []
     rows = [json.loads(line) for line in lines]
     if not options.render:
-        model, start = Model(open_model(options.model)), time.perf_counter()
+        model, start = Model(open_model(options.model), device=device_named("auto")), time.perf_counter()
         data = calibrated(model, options)
         done = {(r["method"], r["bits"], r["group"], r["sparsity"]) for r in rows}
         for choice in choices([int(g) for g in options.groups.split(",")]):

@@ -1,10 +1,11 @@
 """Every pruning method at every sparsity and pattern on the demo model, at a reduced cost; each row a saved and loaded artefact.
 
-    .venv/bin/python benchmarks/methods_table.py [--only PATTERN] [--minutes M] [--list] [--render]
+    .venv/bin/python benchmarks/methods_table.py [--only PATTERN] [--share 1/4] [--minutes M] [--list] [--render]
 
 Protocol: 8 × 512 calibration tokens of WikiText-2 valid, seed 0; perplexity and KL (dense ‖ pruned, nats a token) of the first 8
 windows of 256 tokens of the raw test text. The demo model is converted to dense float32 safetensors once. Every row runs in a
-child of its own: `seconds` and `peak` are those of `lissom.compress` alone, on whatever else the machine does. Rows are
+child of its own: `seconds` and `peak` are those of `lissom.compress` alone, on whatever else the machine does; where there is a GPU,
+there (marked in the table, and not in its times). `--share 1/4`: the first of every four rows, for four calls at once. Rows are
 kept in benchmarks/rows/methods.jsonl and not run again; delete a line to repeat it. The order is by column, the usual ones first.
 """
 
@@ -25,6 +26,7 @@ from memory import forked
 from study import into_results
 
 import lissom
+from lissom.core import device_named
 from lissom.evaluate import forward, load_text, token_losses, tokenize, windows
 from lissom.export import open_model
 from lissom.models import Model
@@ -144,10 +146,15 @@ def row(source: Path, steps: list[dict[str, Any]], ids: torch.Tensor) -> dict[st
         started = time.process_time()
         made = lissom.compress(source, work / "out", recipe, overrides=overrides)
         out = {"seconds": made["seconds"], "cpu_seconds": time.process_time() - started, "peak": made["peak_rss_bytes"]}
-        reference = torch.load(source / "reference.pt")
-        return out | judge(Model(open_model(work / "out")), Model(open_model(source)), reference, ids)
+        reference, there = torch.load(source / "reference.pt"), device_named("auto")
+        models = [Model(open_model(folder), device=there) for folder in (work / "out", source)]
+        return out | {"device": made["device"]} | judge(*models, reference, ids)
     finally:
         shutil.rmtree(work)
+
+
+def on_host(row: dict[str, Any]) -> bool:
+    return row.get("device", "cpu") == "cpu"
 
 
 def render() -> str:
@@ -162,8 +169,9 @@ def render() -> str:
         for c in columns:
             r = mine.get(c)
             none = "–" if steps_of(name, c) is None else ""
-            cells.append(r.get("failed") or f"{r['perplexity']:.4g} ({r['kl']:.2f})" if r else none)
-        ran = [r for r in mine.values() if "failed" not in r]
+            mark = "" if r is None or on_host(r) else " †"
+            cells.append(r.get("failed") or f"{r['perplexity']:.4g} ({r['kl']:.2f}){mark}" if r else none)
+        ran = [r for r in mine.values() if "failed" not in r and on_host(r)]
         last = f"{max(r['cpu_seconds'] for r in ran):.0f} | {max(r['peak'] for r in ran) / 1e6:.0f}" if ran else " | "
         lines.append(f"| {name} | {' | '.join(cells)} | {last} |")
     lines += [f"| {name} | {reason} |{' |' * (len(columns) + 1)}" for name, reason in WITHOUT.items()]
@@ -199,6 +207,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model", nargs="?", default="demo")
     parser.add_argument("--only", default="")
+    parser.add_argument("--share", default="1/1")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no row after so many")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--render", action="store_true")
@@ -206,7 +215,9 @@ def main() -> None:
     done = (
         {(r["name"], r["column"]) for r in map(json.loads, KEPT.read_text().splitlines())} if KEPT.exists() else set()
     )
-    waiting = [(n, c) for n, c in rows() if (n, c) not in done and re.search(options.only, f"{n} {c}")]
+    which, of = map(int, options.share.split("/"))
+    mine = rows()[which - 1 :: of]
+    waiting = [(n, c) for n, c in mine if (n, c) not in done and re.search(options.only, f"{n} {c}")]
     if options.list:
         print("\n".join(f"{c:5} {n}" for n, c in waiting))
     elif not options.render:

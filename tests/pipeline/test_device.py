@@ -1,4 +1,10 @@
-"""A run whose blocks compute on another device gives the bytes of a run on the host, and mixes tensors of both nowhere."""
+"""A run whose blocks compute on another device gives the bytes of a run on the host, and mixes tensors of both nowhere.
+
+Where there is a CUDA device the runs are repeated there, and results are near those of the host.
+"""
+
+import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -90,23 +96,50 @@ ROUNDED = {
 }  # their einsum adds in another order there; the surgeon's later layers then differ at will
 
 
+# choices that follow from each other: a millionth added to the Gram matrices changes their weights by a third on the host too
+UNSTEADY = {"alps", "rows by Fisher", "llm-surgeon"}
+DEVICES = [TYPE, pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+
+
+def entered(device):
+    return Device() if device == TYPE else nullcontext()
+
+
 def tensors(folder):
     return {k: t for p in folder.glob("*.safetensors") for k, t in load_file(p).items()}
 
 
-def on_both(model, tmp_path, steps, overrides=(), **more):
+def on_both(model, tmp_path, steps, overrides=(), device=TYPE, **more):
     made = compress(model, tmp_path / "host", steps, overrides=[*FEW, *overrides], device="cpu", **more)
-    with Device():
-        there = compress(model, tmp_path / "device", steps, overrides=[*FEW, *overrides], device=TYPE, **more)
-    assert (made["device"], there["device"]) == ("cpu", TYPE)
+    with entered(device):
+        there = compress(model, tmp_path / "device", steps, overrides=[*FEW, *overrides], device=device, **more)
+    named = torch.cuda.get_device_name() if device == "cuda" else device
+    assert (made["device"], there["device"]) == ("cpu", named)
     return tensors(tmp_path / "host"), tensors(tmp_path / "device")
 
 
+def layer_error(folder):
+    return sum(layer["relative_error"] for layer in json.loads((folder / "manifest.json").read_text())["layers"])
+
+
+def near(a, b):
+    """Tensors of the host and of a GPU: choices between equals may fall otherwise there."""
+    if not a.is_floating_point():
+        return a.shape == b.shape and (a == b).double().mean() > 0.8
+    return a.shape == b.shape and (a - b).float().norm() <= 0.1 * a.float().norm() + 1e-6
+
+
+@pytest.mark.parametrize("place", DEVICES)
 @pytest.mark.parametrize("name", CHAINS)
-def test_same_bytes_on_another_device(random_checkpoint, tmp_path, name):
-    host, device = on_both(random_checkpoint("llama"), tmp_path, CHAINS[name], QUICK.get(name, []))
+def test_same_bytes_on_another_device(random_checkpoint, tmp_path, name, place):
+    host, device = on_both(random_checkpoint("llama"), tmp_path, CHAINS[name], QUICK.get(name, []), place)
     assert host.keys() == device.keys()
-    if name in TRAINED:
+    if place == "cuda" and name in UNSTEADY:
+        mine, theirs = (layer_error(tmp_path / made) for made in ("host", "device"))
+        assert abs(theirs / mine - 1) < 0.1
+    elif place == "cuda":
+        assert [k for k in host if not near(host[k], device[k])] == []
+    elif name in TRAINED:
         assert all(torch.allclose(host[k].float(), device[k].float(), atol=1e-3) for k in host)
     elif name in ROUNDED:
         first = [k for k in host if ".0.self_attn." in k and "o_proj" not in k]
@@ -117,10 +150,12 @@ def test_same_bytes_on_another_device(random_checkpoint, tmp_path, name):
         assert [k for k in host if not torch.equal(host[k], device[k])] == []
 
 
+@pytest.mark.parametrize("place", DEVICES)
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "gemma2", "bloom", "qwen3", "phi"])
-def test_every_kind_of_position_and_norm_finds_its_tensors_there(random_checkpoint, tmp_path, kind):
-    host, device = on_both(random_checkpoint(kind), tmp_path, [{"use": "sparsegpt", "sparsity": 0.5, "bits": 4}])
-    assert all(torch.equal(host[k], device[k]) for k in host)
+def test_every_kind_of_position_and_norm_finds_its_tensors_there(random_checkpoint, tmp_path, kind, place):
+    steps = [{"use": "sparsegpt", "sparsity": 0.5, "bits": 4}]
+    host, device = on_both(random_checkpoint(kind), tmp_path, steps, device=place)
+    assert all((torch.equal if place == TYPE else near)(host[k], device[k]) for k in host)
 
 
 @pytest.mark.parametrize("more", [{"spill": True}, {}])
@@ -139,6 +174,18 @@ def test_waiting_activations_leave_the_device(random_checkpoint, tmp_path, monke
     host, device = on_both(random_checkpoint("llama"), tmp_path, [PRUNE], **more)
     assert {TYPE} in seen
     assert all(torch.equal(host[k], device[k]) for k in host)
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_device_with_room_keeps_what_waits(random_checkpoint, tmp_path, monkeypatch, missing):
+    model, put, asked = random_checkpoint("llama"), Aside.put, []
+    config = json.loads((model / "config.json").read_text())
+    numbers = 48 * (config["hidden_size"] + config["intermediate_size"])  # of two samples of 24 tokens
+    monkeypatch.setattr("lissom.pipeline.waiting.room", lambda _: 2 * 4 * numbers - missing)
+    monkeypatch.setattr(Aside, "put", lambda *args: asked.append(0) or put(*args))
+    host, device = on_both(model, tmp_path, [PRUNE])
+    assert all(torch.equal(host[k], device[k]) for k in host)
+    assert bool(asked) == bool(missing)
 
 
 def test_bits_for_a_size_are_chosen_there(random_checkpoint, tmp_path):

@@ -89,6 +89,7 @@ __all__ = [
     "merge",
     "moved",
     "on",
+    "room",
     "stored_bits",
     "sweep",
 ]

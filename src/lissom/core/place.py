@@ -33,6 +33,14 @@ def device_named(name: str | torch.device) -> torch.device:
     return torch.device(name)
 
 
+def room(device: torch.device) -> int:
+    """Bytes that new tensors on ``device`` can take; 0 where that is not known."""
+    if device.type != "cuda":
+        return 0
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
+
+
 def on(device: torch.device) -> AbstractContextManager[Any]:
     """Tensors that are made from nothing are made on ``device`` meanwhile."""
     return nullcontext() if device.type == "cpu" else device  # entering a device costs every call of torch a little

@@ -24,6 +24,7 @@ from torch import Tensor
 from .columns import Strip
 from .factor import Factor
 from .grid import Codes, GridParams
+from .place import HOST
 from .problem import Problem, Solved
 
 _BLOCK, _NARROW = 128, 32
@@ -90,7 +91,7 @@ def sweep(
         static = GridParams(*(t.T.contiguous() for t in (fitted[0].scale, fitted[0].zero, fitted[0].levels)))
     if order is not None:
         W = W[:, order]
-    group_of = (torch.arange(columns) if order is None else order) // group
+    group_of = (torch.arange(columns) if order is None else order).to(HOST) // group  # its entries are read one by one
 
     root = 1 / U.diagonal() if importance is None else importance.sqrt()
     if importance is not None and order is not None:

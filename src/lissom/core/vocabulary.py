@@ -7,7 +7,7 @@ from .constraint import NM, Both, Constraint, Fixed, Pattern, Sparse, Stack, bot
 from .factor import Factor, damped, factorise
 from .grid import Codes, Grid, GridParams
 from .method import Method
-from .place import HOST, device_named, moved, on
+from .place import HOST, device_named, moved, on, room
 from .problem import Budget, LayerSummary, Problem, Solved
 from .rotation import Orthogonal, Rotation
 from .stats import Stats, Tally, gram_product, histogram_entropy, merge

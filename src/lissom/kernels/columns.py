@@ -1,10 +1,14 @@
-"""The compiled innermost loop of the sweep; :func:`lissom.core.columns.decide_columns` is its definition."""
+"""The compiled innermost loops of the sweep; :func:`lissom.core.columns.decide_columns` is their definition."""
 
 from __future__ import annotations
+
+import warnings
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from ..core import HOST
 from ..core.columns import ColumnLoop, Strip, decide_columns
 from ..core.grid import GridParams
 from .native import extension
@@ -12,9 +16,25 @@ from .native import extension
 _MOST = 64  # columns that the kernel holds at once
 
 
-def column_loop() -> ColumnLoop:
-    """The fastest loop of this installation: the compiled one, or torch where there is none."""
+def column_loop(device: torch.device = HOST) -> ColumnLoop:
+    """The fastest loop of this installation for tensors on ``device``: a compiled one, or torch where there is none."""
+    if device.type == "cuda":
+        return _gpu_loop()
     return decide_columns if extension is None else compiled
+
+
+@cache
+def _gpu_loop() -> ColumnLoop:
+    """The kernel in Triton, which comes with torch for CUDA, where it can be built and run (it needs a C compiler)."""
+    try:
+        from .columns_gpu import decide_columns as loop
+
+        one = torch.ones(1, 1, device="cuda")
+        loop(Strip(one.clone(), one, one > 0, one.clone(), one.clone(), None), None, 0, 1, 1)
+    except Exception as error:  # whatever the compiler raises: torch's loop is as right
+        warnings.warn(f"sweeps on the GPU take torch's own loop, which is slower: {error}", stacklevel=2)
+        return decide_columns
+    return loop
 
 
 def compiled(strip: Strip, params: GridParams | None, begin: int, end: int, reach: int, isa: str = "") -> None:

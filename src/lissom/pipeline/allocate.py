@@ -199,7 +199,7 @@ def _problem(
     """The layers of one stage under the step's pattern at its target, with its scores where they are asked for."""
     W = torch.cat([block.weight(layer.name) for layer in layers])
     parts = ((layer.rows, Both(constraint_for(layer, step.constraint, None).pattern)) for layer in layers)
-    problem = Problem(W, stats, Stack(tuple(parts)), tuple(layer.name for layer in layers), loop=column_loop())
+    problem = Problem(W, stats, Stack(tuple(parts)), tuple(layer.name for layer in layers), loop=column_loop(W.device))
     if not scored:
         return problem
     assert step.method.score is not None

@@ -215,7 +215,8 @@ def _curves(
             for layer in layers:
                 budget = Budget("sparsity", {layer.name: s}, {}, {layer.name: b})
                 stacked.append((layer.rows, constraint_for(layer, step.constraint, budget)))
-        problem = Problem(W.repeat(len(some), 1), stats, Stack(tuple(stacked)), (), None, factors, loop=column_loop())
+        loop = column_loop(W.device)
+        problem = Problem(W.repeat(len(some), 1), stats, Stack(tuple(stacked)), (), None, factors, loop=loop)
         solved = sweep(problem, problem.factor(getattr(step.config, "damping", 0.01)))
         row = 0
         for pair in some:

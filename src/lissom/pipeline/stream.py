@@ -42,7 +42,7 @@ from ..models import Block, Linear, Model, Run
 from .gradients import OUTPUT_POWER, TOKEN_WEIGHT
 from .layers import constraint_for, wanted
 from .recipe import Step
-from .waiting import Aside
+from .waiting import Aside, aside
 
 try:
     _trim = ctypes.CDLL(None).malloc_trim
@@ -99,8 +99,8 @@ def stream_block(
         give_back()
         return hidden
     device, homes = block.device, [h.device for h in hidden]
-    if spill is None and device.type != "cpu":
-        spill = Aside()
+    if spill is None:
+        spill = aside(block, hidden)
     runs = []
     for i in range(len(hidden)):
         runs.append(block.start(hidden[i]))
@@ -245,12 +245,9 @@ def _solve_stack(
     W = torch.cat([weights[layer.name] for layer in layers])
     extras = {layer.name: moved(extras.get(layer.name, {}), W.device) for layer in layers}
     names = tuple(layer.name for layer in layers)
-    problem, solved = (
-        Problem(
-            W, stats, Stack(((len(W), Both()),)), names, None, factors, stacked_extras(layers, extras), column_loop()
-        ),
-        None,
-    )
+    free, loop = Stack(((len(W), Both()),)), column_loop(W.device)
+    problem = Problem(W, stats, free, names, None, factors, stacked_extras(layers, extras), loop)
+    solved = None
     patterns = ["dense"] * len(layers)
     for step, budget in chain:
         parts = [(layer.rows, constraint_for(layer, step.constraint, budget)) for layer in layers]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..core import HOST, OutputError, moved
+from ..core import HOST, OutputError, moved, room
+from ..models import Block
 
 
 class Aside:
@@ -34,6 +36,13 @@ class Aside:
 
     def _take(self, index: int) -> dict[str, Tensor]:
         return self._kept.pop(index, {})
+
+
+def aside(block: Block, hidden: Sequence[Tensor]) -> Aside | None:
+    """Where batches wait between the stages of a block on a device: None for there, where twice what waits has room."""
+    widest = max(layer.columns for layer in block.linears)
+    waiting = 4 * sum(h.numel() + h.shape[0] * h.shape[1] * widest for h in hidden)
+    return None if block.device.type == "cpu" or 2 * waiting <= room(block.device) else Aside()
 
 
 class Spill(Aside):
