@@ -92,15 +92,14 @@ def lissom_rows() -> dict[str, list[str]]:
         out[f"lissom sparsegpt {sparsity:.0%}"] = ["--recipe", "sparsegpt", "--set", value]
         whole = ["--set", "bits=16", "--set", "embedding_bits=16"]
         out[f"lissom aggressive {sparsity:.0%}"] = ["--recipe", "aggressive", "--set", value, *whole]
-    reconstructed = str(HERE / "recipes" / "gptq-reconstruct.yaml")
     recipes: dict[str, tuple[str, list[str]]] = {
         "GPTQ": ("int3", []),
         "descent": ("gptq-descent", []),
         "autoround": ("autoround", []),
         "autoround of 60 iterations, tokens weighed": ("autoround", ["iterations=60", "token_fisher=0.5"]),
         "GPTQ, tokens alike": ("int3", ["token_fisher=0"]),
-        "GPTQ + reconstruct": (reconstructed, []),
-        "GPTQ + reconstruct, 8 epochs": (reconstructed, ["epochs=8"]),
+        "GPTQ + reconstruct": ("int3-healed", ["epochs=2"]),
+        "GPTQ + reconstruct, 8 epochs": ("int3-healed", []),
     }
     for bits in (3, 4):
         for symmetric, word in (("true", "sym"), ("false", "asym")):
