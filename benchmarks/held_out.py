@@ -79,6 +79,12 @@ def _with(name: str, **settings: Any) -> list[dict[str, Any]]:
     return [*first, last | settings]
 
 
+def polished(group: int) -> list[dict[str, Any]]:
+    """Rounding after the zeros, by another method than the sweep inside ALPS."""
+    codes = {"use": "gptq-descent", "bits": 4, "group_size": group}
+    return [CLUSTERS, alps(sparsity=0.7, row_fisher=0.5), codes]
+
+
 PRUNED = {"use": "sparsegpt", "sparsity": 0.7}
 BEST = [CLUSTERS, alps(sparsity=0.7)]
 REPAIR, REFIT = {"use": "dsnot"}, {"use": "refit"}
@@ -114,6 +120,8 @@ TOKENS: dict[str, tuple[list[dict[str, Any]], float]] = {
     **{f"recipe int4, tokens^{e}": (shipped("int4"), e) for e in (0, 0.5)},
     **{f"recipe aggressive (INT4), tokens^{e}": (shipped("aggressive"), e) for e in (0, 0.5)},
     "recipe aggressive (INT4, ranges by MSE), tokens^0": (_with("aggressive", range="mse"), 0),
+    "recipe aggressive (INT4, codes by descent), tokens^0": (polished(128), 0),
+    "recipe aggressive (INT4 in groups of 64, codes by descent), tokens^0": (polished(64), 0),
 }
 # name → samples, their length, and the texts that take turns; all with BEST
 TEXTS: dict[str, tuple[int, int, tuple[str, ...]]] = {
