@@ -23,9 +23,10 @@ from lissom.core import device_named
 from lissom.export import open_model
 from lissom.models import Model
 from lissom.pipeline import read
+from lissom.pipeline.constraints import ConstraintSettings
 from lissom.pipeline.curves import outer_as_saved
 from lissom.pipeline.prices import embedding_bytes, fixed_bytes, layer_bytes
-from lissom.pipeline.recipe import ConstraintSettings, Save
+from lissom.pipeline.sections import Save
 from lissom.pipeline.stream import LayerResult
 
 BITS, SPARSITIES = (2, 3, 4, 8), (0.0, 0.5, 0.7)

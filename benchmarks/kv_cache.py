@@ -24,7 +24,7 @@ from lissom.models import Model, Operators
 from lissom.models.operators import BlockOperators
 from lissom.pipeline.data import load_calibration
 from lissom.pipeline.operating import cache_grids
-from lissom.pipeline.recipe import Calibration
+from lissom.pipeline.sections import Calibration
 
 HERE = Path(__file__).parent
 DATA = HERE.parent.parent / "shared" / "data" / "wikitext2"

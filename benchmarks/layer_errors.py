@@ -28,7 +28,7 @@ from lissom.methods.prune.permute import assign
 from lissom.methods.prune.ria import ria_score
 from lissom.models import Linear, Model
 from lissom.pipeline.data import embed, load_calibration
-from lissom.pipeline.recipe import Calibration
+from lissom.pipeline.sections import Calibration
 from lissom.pipeline.stream import stream_block
 
 DATA = Path(__file__).parent.parent.parent / "shared" / "data" / "wikitext2"

@@ -12,7 +12,8 @@ import torch
 from lissom.evaluate import load_text, token_losses, tokenize, windows
 from lissom.models import Model
 from lissom.pipeline.data import CalibrationSet, load_calibration
-from lissom.pipeline.recipe import Calibration, Step
+from lissom.pipeline.recipe import Step
+from lissom.pipeline.sections import Calibration
 from lissom.pipeline.stream import LayerResult
 from lissom.pipeline.trials import trial
 

@@ -24,7 +24,7 @@ from lissom.models.folds import fold, shared_factor, source_of
 from lissom.models.operators import BlockOperators
 from lissom.pipeline.curves import mean_kl
 from lissom.pipeline.data import embed, load_calibration
-from lissom.pipeline.recipe import Calibration
+from lissom.pipeline.sections import Calibration
 from lissom.pipeline.stream import stream_block
 
 ALL = (0, 1, 2, 3)

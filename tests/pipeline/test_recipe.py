@@ -40,6 +40,12 @@ def test_short_keys_reach_every_able_step_when_none_spells_them():
     assert read("sparsegpt", ["format=packed"]).save.format == "packed"
 
 
+def test_rounding_to_16_bits_is_left_out():
+    assert [s.name for s in read("prune-then-rtn", ["bits=16"]).steps] == ["sparsegpt"]
+    assert [s.name for s in read("budget", ["bits=16"]).steps] == ["alps"]
+    assert [s.name for s in read("gptq", ["bits=16"]).steps] == ["gptq"]  # what is left must be something
+
+
 def test_dotted_keys_reach_one_step_or_section():
     recipe = read("prune-then-rtn", ["rtn.symmetric=true", "calibration.samples=4", "save.dtype=float16"])
     assert recipe.steps[1].constraint.symmetric and not recipe.steps[0].constraint.symmetric

@@ -18,7 +18,7 @@ from ..core import HOST, Both, Grid, Problem, Solved, Stack, Stats, grid_of
 from ..export import ArtefactWriter, CompressedTensors, Layout, StoredLayer, codec_named
 from ..models import Block, Linear, Model
 from ..models.operators import KEY
-from .recipe import Save
+from .sections import Save
 from .stream import LayerResult
 from .verify import checksum
 

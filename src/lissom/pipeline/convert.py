@@ -15,7 +15,7 @@ from ..export import LayerPlan, StoredLayer, codec_named, dtype_of, form_name, o
 from ..models import Linear, Model
 from .artefact import Artefact
 from .operating import format_problems
-from .recipe import Save
+from .sections import Save
 from .stream import LayerResult
 
 

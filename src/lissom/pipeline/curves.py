@@ -47,7 +47,8 @@ from .prices import (
     layer_bytes,
     rounded_names,
 )
-from .recipe import Recipe, Save, Step
+from .recipe import Recipe, Step
+from .sections import Save
 from .stream import solve_stage, stream_block
 from .target import parts
 from .workdir import dump_json

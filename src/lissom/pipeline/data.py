@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core import CalibrationError
 from ..evaluate import fingerprint, load_text, samples, tokenize
 from ..models import Model
-from .recipe import NONE, Calibration
+from .sections import NONE, Calibration
 
 _RANDOM_TOKENS = 64
 _BATCH_TOKENS = 4096  # tokens that go through a block together: large products, small intermediates

@@ -13,7 +13,7 @@ from ..export import LayerPlan, expected_bytes
 from ..models import Linear, Model
 from .constraints import ConstraintSettings
 from .layers import constraint_for
-from .recipe import Save
+from .sections import Save
 
 EMBEDDING_BITS = (3, 4, 5, 6, 8)
 BITS = (2, 3, 4, 5, 6, 8)

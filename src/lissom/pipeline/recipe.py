@@ -20,7 +20,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
@@ -30,43 +30,9 @@ from ..export.integer import FORMAT as INTEGER
 from ..methods import METHODS
 from .constraints import ConstraintSettings, pruning_problems, target_problems, textless_problems
 from .overrides import CONSTRAINT, apply, takes
+from .sections import NONE, SECTIONS, Calibration, Save
 from .settings import build, suggest
 from .target import Target, problems_of
-
-
-@dataclass(frozen=True)
-class Save:
-    """``format`` packed|dense|compressed-tensors|int-quantized|gptq|gptq-v2; ``dtype`` of what is not quantized: auto|float16|bfloat16|float32;
-    ``embedding_bits`` 2–8 quantizes embedding and head by rounding to nearest (packed only), 16 leaves them."""
-
-    format: str = "dense"
-    dtype: str = "auto"
-    embedding_bits: int = 16
-    embedding_group_size: int = 64
-
-
-NONE = "none"  # of calibration text
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """``data`` a name or file, or "none": no text, inputs are taken as white; ``samples`` × ``length`` tokens; ``allocation_samples`` for the pass of an
-    allocation (None: a quarter, at least 8); ``statistics`` of a layer's inputs after all ``stage``s before it were
-    compressed, or once per ``block``, before any of its layers; ``token_fisher``: exponent of g · g, g the loss's gradient, as a token counts."""
-
-    data: str = "builtin"
-    samples: int = 128
-    length: int = 512
-    seed: int = 0
-    allocation_samples: int | None = None
-    statistics: Literal["stage", "block"] = "stage"
-    token_fisher: float = 0.0
-
-
-SECTIONS = {
-    "save": Save,
-    "calibration": Calibration,
-}  # whose settings a bare key of ``--set`` reaches when no step has them
 
 
 @dataclass(frozen=True)
@@ -80,6 +46,11 @@ class Step:
     @property
     def name(self) -> str:
         return self.method.name
+
+    @property
+    def rounds_only(self) -> bool:
+        """Whether it does nothing at 16 bits."""
+        return self.method.kind == "solver" and self.method.makes == {"codes"}
 
 
 @dataclass(frozen=True)
@@ -181,7 +152,7 @@ def read(source: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]], o
     for override in overrides:
         apply(override, entries, sections, SECTIONS, problems)
     steps = tuple(_step(entry, i, problems) for i, entry in enumerate(entries))
-    steps = _compared_everywhere(steps)
+    steps = _working(_compared_everywhere(steps))
     save = build(Save, sections["save"], "save", problems)
     calibration = build(Calibration, sections["calibration"], "calibration", problems)
     target = build(Target, sections["target"], "target", problems) if sections["target"] else None
@@ -249,6 +220,13 @@ def _compared_everywhere(steps: tuple[Step, ...]) -> tuple[Step, ...]:
             step = replace(step, constraint=replace(step.constraint, per="layer"))
         out.append(step)
     return tuple(out)
+
+
+def _working(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """Without steps that only round and are told not to (16 bits), where another step solves."""
+    off = [s for s in steps if s.rounds_only and s.constraint.bits == 16 and not s.constraint.prunes]
+    alone = len(off) == sum(s.method.kind == "solver" for s in steps)
+    return steps if alone else tuple(s for s in steps if s not in off)
 
 
 def _freed(steps: Sequence[Step]) -> tuple[Step, ...]:

@@ -34,7 +34,8 @@ from .data import CalibrationSet
 from .layers import wanted
 from .planning import Plan, allocation_samples
 from .prices import fixed_bytes, header_bytes, limits
-from .recipe import Recipe, Save
+from .recipe import Recipe
+from .sections import Save
 from .stream import LayerResult
 from .target import parts
 from .trials import Budgets, chain_of, trial
