@@ -73,14 +73,13 @@ def shipped(name: str) -> list[dict[str, Any]]:
     return read(name).describe()["steps"]
 
 
-def _with(name: str, **settings: Any) -> list[dict[str, Any]]:
-    """A shipped recipe with other settings of its last step."""
-    *first, last = shipped(name)
-    return [*first, last | settings]
+def swept(**settings: Any) -> list[dict[str, Any]]:
+    """Zeros as in recipe `aggressive`, rounding in the sweep with which ALPS ends."""
+    return [CLUSTERS, alps(sparsity=0.7, row_fisher=0.5, bits=4, group_size=128, **settings)]
 
 
 def polished(group: int) -> list[dict[str, Any]]:
-    """Rounding after the zeros, by another method than the sweep inside ALPS."""
+    """The same zeros, then rounding by GPTQ with coordinate descent."""
     codes = {"use": "gptq-descent", "bits": 4, "group_size": group}
     return [CLUSTERS, alps(sparsity=0.7, row_fisher=0.5), codes]
 
@@ -118,10 +117,11 @@ TOKENS: dict[str, tuple[list[dict[str, Any]], float]] = {
     **{f"recipe int3, tokens^{e}": (shipped("int3"), e) for e in (0, 0.25, 0.5)},
     **{f"bits by layer, recipe int3, tokens^{e}": ([{"use": "bits"}, *shipped("int3")], e) for e in (0, 0.5)},
     **{f"recipe int4, tokens^{e}": (shipped("int4"), e) for e in (0, 0.5)},
-    **{f"recipe aggressive (INT4), tokens^{e}": (shipped("aggressive"), e) for e in (0, 0.5)},
-    "recipe aggressive (INT4, ranges by MSE), tokens^0": (_with("aggressive", range="mse"), 0),
-    "recipe aggressive (INT4, codes by descent), tokens^0": (polished(128), 0),
-    "recipe aggressive (INT4 in groups of 64, codes by descent), tokens^0": (polished(64), 0),
+    "INT4 in ALPS's last sweep, tokens^0": (swept(), 0),
+    "INT4 in ALPS's last sweep, ranges by MSE, tokens^0": (swept(range="mse"), 0),
+    "INT4 by descent, tokens^0": (polished(128), 0),
+    "INT4 by descent in groups of 64, tokens^0": (polished(64), 0),
+    "INT4 by descent, 2 passes from full ranges, tokens^0": (shipped("aggressive"), 0),
 }
 # name → samples, their length, and the texts that take turns; all with BEST
 TEXTS: dict[str, tuple[int, int, tuple[str, ...]]] = {

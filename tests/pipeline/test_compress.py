@@ -147,7 +147,7 @@ def test_ignore_and_only_leave_layers_as_they_were(trained, tmp_path):
 def test_a_plan_says_what_will_happen_without_touching_weights(trained):
     plan = lissom.plan(trained, "aggressive")
     rows = plan.describe()["layers"]
-    assert len(rows) == 28 and all(r["steps"] == ["alps"] and r["bits"] == 4 for r in rows)
+    assert len(rows) == 28 and all(r["steps"] == ["alps", "gptq-descent"] and r["bits"] == 4 for r in rows)
     assert plan.model["planned_sparsity"] == pytest.approx(0.7)
     assert all(v > 0 for v in plan.estimates.values())
 
