@@ -59,6 +59,9 @@ TABLES: dict[str, dict[str, list[str]]] = {
         "sparsegpt after each stage": ["--recipe", "sparsegpt", "--set", "sparsity=0.7"],
         "loss clusters": ["--recipe", "loss-clusters", "--set", "sparsity=0.7", "--set", "bits=16"],
         "alps": best(0.7, "--set", "row_fisher=0"),
+        "INT4 in the same sweep": [
+            "--recipe", "aggressive", "--set", "gptq-descent.bits=16", "--set", "alps.bits=4", "--set", "alps.group_size=128",
+        ],
         "with INT4": ["--recipe", "aggressive"],
     },
 }  # fmt: skip
@@ -219,7 +222,8 @@ def render() -> None:
             "budgets by loss clusters": "loss clusters",
             "ALPS in place of SparseGPT": "alps",
             "rows compared by the power of the gradient": "aggressive without INT4 seed 0",
-            "INT4 in the same sweep (`aggressive`)": "with INT4",
+            "INT4 in the sweep with which ALPS ends": "INT4 in the same sweep",
+            "INT4 by descent instead (`aggressive`)": "with INT4",
         }),
     }  # fmt: skip
     for mark, lines in tables.items():

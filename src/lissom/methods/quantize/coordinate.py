@@ -23,19 +23,20 @@ def descend(W: Tensor, H: Tensor, code: Tensor, params: GridParams, mask: Tensor
     d = H.diagonal()
     for at in range(0, columns, _BLOCK):
         stop = min(at + _BLOCK, columns)
-        slope = (delta @ H[:, at:stop]).T.contiguous()  # Δ H of the block's columns, (span, out)
-        h = H[at:stop, at:stop]
+        here = slice(at, stop)
+        slope = (delta @ H[:, here]).T.contiguous()  # Δ H of the block's columns, (span, out), as all that follows
+        h = H[here, here]
+        w, c, s, z, top = (t[:, here].T.contiguous() for t in (W, code, params.scale, params.zero, params.levels - 1))
+        keep = None if mask is None else mask[:, here].T.contiguous()
+        old = (c - z) * s
         for i in range(stop - at):
-            j = at + i
-            s, z, top = params.scale[:, j], params.zero[:, j], params.levels[:, j] - 1
-            old = (code[:, j] - z) * s
-            new = torch.minimum(torch.round((old - slope[i] / d[j]) / s + z), top).clamp_min(0)
-            if mask is not None:
-                new = torch.where(mask[:, j], new, z)
-            change = (new - z) * s - old
-            slope[i + 1 :].addr_(h[i, i + 1 :], change)
-            code[:, j] = new
-        delta[:, at:stop] = params.decode(code)[:, at:stop] - W[:, at:stop]
+            new = torch.minimum(torch.round((old[i] - slope[i] / d[at + i]) / s[i] + z[i]), top[i]).clamp_min(0)
+            if keep is not None:
+                new = torch.where(keep[i], new, z[i])
+            slope[i + 1 :].addr_(h[i, i + 1 :], (new - z[i]) * s[i] - old[i])
+            c[i] = new
+        code[:, here] = c.T
+        delta[:, here] = ((c - z) * s - w).T
     return code
 
 
