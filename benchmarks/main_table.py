@@ -83,9 +83,9 @@ def measure(name: str, arguments: list[str]) -> dict:
 
 
 def render() -> str:
-    found = [json.loads(p.read_text()) for p in (HERE / "rows").glob("*.json")]
+    kept = [json.loads(p.read_text()) for p in (HERE / "rows").glob("*.json")]  # of other studies too
     order = list(rows())
-    found.sort(key=lambda r: order.index(r["name"]) if r["name"] in order else 999)
+    found = sorted((r for r in kept if r.get("name") in order), key=lambda r: order.index(r["name"]))
     lines = [
         "| recipe | perplexity | v1 text | zeros | bits/weight (linear layers) | MB on disk | seconds | peak MB |",
         "|---|---|---|---|---|---|---|---|",
