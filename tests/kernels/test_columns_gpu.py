@@ -64,6 +64,16 @@ def test_halves_round_to_even_and_not_a_number_stays_so():
     assert t.q[:, 3].isnan().all() and t.errors[:, 3].isnan().all() and not t.q[:, :3].isnan().any()
 
 
+def test_other_types_take_the_torch_loop():
+    s = strip(3, 4, True, 2)
+    double = moved(strip(3, 4, True, 2), THERE)
+    double = replace(double, **{k: getattr(double, k).double() for k in ("w", "u", "q", "errors")})
+    params = moved(GridParams(torch.ones(3) / 3, torch.full((3,), 8.0), torch.full((3,), 16.0)), THERE)
+    on_gpu(double, params, 0, 4, 4)
+    decide_columns(s, moved(params, torch.device("cpu")), 0, 4, 4)
+    assert double.q.dtype == torch.float64 and torch.allclose(double.q.cpu().float(), s.q, atol=1e-6)
+
+
 def test_what_cannot_be_built_leaves_the_loop_of_torch(monkeypatch):
     def broken(*_):
         raise RuntimeError("no C compiler")

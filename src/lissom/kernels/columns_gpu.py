@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..core import columns
 from ..core.columns import Strip
 from ..core.grid import GridParams
 
@@ -52,16 +53,19 @@ def _decide(
 
 
 def decide_columns(strip: Strip, params: GridParams | None, begin: int, end: int, reach: int) -> None:
-    """The same as :func:`lissom.core.columns.decide_columns` up to rounding, for contiguous float32 on a GPU."""
+    """The same as :func:`lissom.core.columns.decide_columns` up to rounding, for float32 on a GPU; other tensors go there."""
+    if strip.w.dtype != torch.float32:
+        return columns.decide_columns(strip, params, begin, end, reach)
     span, rows = strip.w.shape
     keep = strip.q if strip.keep is None else strip.keep.view(torch.uint8)
     codes = strip.q if strip.codes is None else strip.codes
     grid = [strip.q] * 3 if params is None else [_row(t, rows) for t in (params.scale, params.zero, params.levels)]
     launch: Any = _decide[(triton.cdiv(rows, _ROWS),)]
-    launch(
-        strip.w, strip.u, keep, *grid, strip.q, strip.errors, codes, rows, span, begin, end, reach,
-        MASKED=strip.keep is not None, GRID=params is not None, ROWS=_ROWS, num_warps=1,
-    )  # fmt: skip
+    with torch.cuda.device_of(strip.w):  # a launch goes to the current one
+        launch(
+            strip.w, strip.u, keep, *grid, strip.q, strip.errors, codes, rows, span, begin, end, reach,
+            MASKED=strip.keep is not None, GRID=params is not None, ROWS=_ROWS, num_warps=1,
+        )  # fmt: skip
 
 
 def _row(t: Tensor, rows: int) -> Tensor:
