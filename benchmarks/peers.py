@@ -95,6 +95,7 @@ def lissom_rows() -> dict[str, list[str]]:
     recipes: dict[str, tuple[str, list[str]]] = {
         "GPTQ": ("int3", []),
         "descent": ("gptq-descent", []),
+        "descent, tokens weighed": ("gptq-descent", ["token_fisher=0.5"]),
         "autoround": ("autoround", []),
         "autoround of 60 iterations, tokens weighed": ("autoround", ["iterations=60", "token_fisher=0.5"]),
         "GPTQ, tokens alike": ("int3", ["token_fisher=0"]),
