@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from study import into_results
+from study import into_results, on_host, shared
 from torch import Tensor
 
 from lissom.core import device_named
@@ -193,9 +193,7 @@ def render(found: dict[str, dict[str, Any]]) -> str:
     def cell(name: str) -> str:
         if not (row := found.get(name)):
             return " | "
-        return f"{row['perplexity']:.1f} | " + (
-            f"{row['cpu_seconds']:.0f}" if row.get("device", "cpu") == "cpu" else "GPU"
-        )
+        return f"{row['perplexity']:.1f} | " + (f"{row['cpu_seconds']:.0f}" if on_host(row) else "GPU")
 
     def table(title: str, names: list[str]) -> list[str]:
         head = ["", f"| {title} | perplexity | CPU seconds |", "|---|---|---|"]
@@ -222,8 +220,7 @@ def main() -> None:
     rows: dict[str, tuple[Any, ...]] = {name: (steps, None) for name, steps in ROWS.items()}
     rows |= {name: (steps, None, e) for name, (steps, e) in TOKENS.items()}
     rows |= {name: (BEST, text) for name, text in TEXTS.items()}
-    which, of = map(int, options.share.split("/"))
-    waiting = [n for n in list(rows)[which - 1 :: of] if n not in found and re.search(options.only, n)]
+    waiting = [n for n in shared(list(rows), options.share) if n not in found and re.search(options.only, n)]
     if options.list:
         print("\n".join(waiting))
     elif not options.render:

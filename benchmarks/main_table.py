@@ -26,6 +26,10 @@ PROTOCOL = ["--samples", "32", "--length", "512"]
 SPARSE = ["magnitude", "wanda", "sparsegpt", "owl", "loss-clusters", "equal-marginal", "atp"]
 
 
+# run by record.py with the same protocol: name here → file there
+RECORD = {"aggressive without INT4 70%": "aggressive-without-int4-seed-0", "aggressive": "with-int4"}
+
+
 def rows() -> dict[str, list[str]]:
     """Row name → arguments of `lissom compress demo OUT`."""
     out: dict[str, list[str]] = {"dense": []}
@@ -39,9 +43,7 @@ def rows() -> dict[str, list[str]]:
     out["joint sparsegpt 70% + INT4"] = ["--recipe", "sparsegpt", "--set", "bits=4", *joint]
     out["prune-then-rtn 70% + INT4"] = ["--recipe", "prune-then-rtn", *joint]
     out["atp + alps 70%"] = ["--recipe", str(HERE / "recipes" / "atp-alps.yaml")]
-    out["aggressive without INT4 70%"] = ["--recipe", "aggressive", "--set", "bits=16", "--set", "embedding_bits=16"]
     out["scheduler"] = ["--recipe", "scheduler"]
-    out["aggressive"] = ["--recipe", "aggressive"]
     return out
 
 
@@ -86,6 +88,7 @@ def render() -> str:
     kept = [json.loads(p.read_text()) for p in (HERE / "rows").glob("*.json")]  # of other studies too
     order = list(rows())
     found = sorted((r for r in kept if r.get("name") in order), key=lambda r: order.index(r["name"]))
+    found += [json.loads((HERE / "rows" / "record" / f"{p}.json").read_text()) | {"name": n} for n, p in RECORD.items()]
     lines = [
         "| recipe | perplexity | v1 text | zeros | bits/weight (linear layers) | MB on disk | seconds | peak MB |",
         "|---|---|---|---|---|---|---|---|",

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from memory import forked
-from study import into_results
+from study import into_results, on_host, shared
 
 import lissom
 from lissom.core import device_named
@@ -153,10 +153,6 @@ def row(source: Path, steps: list[dict[str, Any]], ids: torch.Tensor) -> dict[st
         shutil.rmtree(work)
 
 
-def on_host(row: dict[str, Any]) -> bool:
-    return row.get("device", "cpu") == "cpu"
-
-
 def render() -> str:
     found = {(r["name"], r["column"]): r for r in map(json.loads, KEPT.read_text().splitlines())}
     columns = [c for c in ("50%", "60%", "70%", "80%", "2:4", "4:8", "4:16") if any(c == k for _, k in found)]
@@ -215,8 +211,7 @@ def main() -> None:
     done = (
         {(r["name"], r["column"]) for r in map(json.loads, KEPT.read_text().splitlines())} if KEPT.exists() else set()
     )
-    which, of = map(int, options.share.split("/"))
-    mine = rows()[which - 1 :: of]
+    mine = shared(rows(), options.share)
     waiting = [(n, c) for n, c in mine if (n, c) not in done and re.search(options.only, f"{n} {c}")]
     if options.list:
         print("\n".join(f"{c:5} {n}" for n, c in waiting))

@@ -4,8 +4,9 @@ import argparse
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,6 +19,7 @@ from lissom.pipeline.stream import LayerResult
 from lissom.pipeline.trials import trial
 
 HERE = Path(__file__).parent
+T = TypeVar("T")
 PAGE = HERE / "RESULTS.md"
 DATA = Path(__file__).parent.parent.parent / "shared" / "data" / "wikitext2"
 
@@ -55,6 +57,17 @@ def judged(
     losses = [token_losses(model, h[None], row, outer) for h, row in zip(final, data.held_out, strict=True)]
     mean = float(torch.cat(losses).double().mean())
     return math.exp(mean) if mean < 700 else math.inf
+
+
+def shared(rows: Sequence[T], which: str) -> list[T]:
+    """Of ``which`` "k/n" every n-th row from the k-th on, so that n calls at once do all."""
+    k, n = map(int, which.split("/"))
+    return list(rows[k - 1 :: n])
+
+
+def on_host(row: Mapping[str, Any]) -> bool:
+    """Whether a kept row was run on the processor, so that its times compare."""
+    return row.get("device", "cpu") == "cpu"
 
 
 def into_results(mark: str, lines: Iterable[str]) -> None:
