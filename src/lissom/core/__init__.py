@@ -85,6 +85,7 @@ __all__ = [
     "gram_product",
     "grid_of",
     "histogram_entropy",
+    "is_finite",
     "keep_largest",
     "merge",
     "moved",

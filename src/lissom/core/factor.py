@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import NumericalError
+from .finite import is_finite
 
 _ESCALATIONS = 8
 _SMALL = 128  # below this a triangular system is solved at once
@@ -69,7 +70,7 @@ def invert_upper(R: Tensor) -> Tensor:
 
 def factorise(H: Tensor, damping: float = 0.01, order: Tensor | None = None) -> Factor:
     """Factor of the damped Hessian; raises :class:`NumericalError` when no damping helps."""
-    if not bool(torch.isfinite(H).all()):
+    if not is_finite(H):
         raise NumericalError("the Gram matrix is not finite: the calibration activations overflow or hold NaN")
     if order is not None:
         H = H[order][:, order]
@@ -80,7 +81,7 @@ def factorise(H: Tensor, damping: float = 0.01, order: Tensor | None = None) -> 
         if int(info) == 0:
             R = L.flip(0, 1)
             U = invert_upper(R)
-            if bool(torch.isfinite(U).all()):
+            if is_finite(U):
                 return Factor(U, dead, fraction, order)
         fraction = max(fraction, 1e-4) * 10
     raise NumericalError(

@@ -5,6 +5,7 @@
 from .block import BlockForward, BlockProblem
 from .constraint import NM, Both, Constraint, Fixed, Pattern, Sparse, Stack, both, keep_largest
 from .factor import Factor, damped, factorise
+from .finite import is_finite
 from .grid import Codes, Grid, GridParams
 from .method import Method
 from .place import HOST, device_named, moved, on, room

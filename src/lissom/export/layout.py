@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..core import Codes, FormatError, Levels, Solved, Stored
+from ..core import Codes, FormatError, Levels, Solved, Stored, is_finite
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -151,7 +151,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 def stored_values(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """``weight`` in the artefact's dtype, without negative zeros (equal weights must give equal bytes)."""
     out = weight.to(dtype) + 0.0
-    if not bool(torch.isfinite(out).all()):
+    if not is_finite(out):
         worst = float(weight.abs().max())
         raise FormatError(
             f"weights up to {worst:g} do not fit in {dtype_name(dtype)}: save with dtype bfloat16 or float32"

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import HOST, CheckpointError
+from ..core import HOST, CheckpointError, is_finite
 from .architectures import Architecture, architecture_of
 from .checkpoint import Checkpoint
 from .forward import Block, Linear, normalise
@@ -128,13 +128,12 @@ class Model:
 
     def _read(self, name: str) -> Tensor:
         value = self.checkpoint.tensor(name)
-        if value.is_floating_point() and not bool(torch.isfinite(value.sum(dtype=torch.float64))):
+        if value.is_floating_point() and not is_finite(value):
             bad = int((~torch.isfinite(value)).sum())
-            if bad:
-                raise CheckpointError(
-                    f"{name} {tuple(value.shape)} of {self.checkpoint.source} holds {bad} values that are NaN or Inf: "
-                    "the checkpoint is damaged; get it again"
-                )
+            raise CheckpointError(
+                f"{name} {tuple(value.shape)} of {self.checkpoint.source} holds {bad} values that are NaN or Inf: "
+                "the checkpoint is damaged; get it again"
+            )
         return value
 
     def _outer(self, name: str, given: Mapping[str, Tensor] | None) -> Tensor | None:

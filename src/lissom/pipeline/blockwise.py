@@ -9,10 +9,9 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
-from ..core import HOST, BlockForward, BlockProblem, NumericalError, moved, on
+from ..core import HOST, BlockForward, BlockProblem, NumericalError, is_finite, moved, on
 from ..models import Block
 from .recipe import Recipe, Step
 from .stream import LayerResult
@@ -60,6 +59,6 @@ def work_on_block(
         with on(device):
             solved = step.method.run(problem, step.config)
         for name, one in solved.items():
-            if not bool(torch.isfinite(one.weight).all()):
+            if not is_finite(one.weight):
                 raise NumericalError(f"{step.name} made non-finite weights in {name}; lower its learning_rate")
     return [replace(r, solved=moved(solved[r.layer.name], HOST), notes=solved[r.layer.name].notes) for r in results]

@@ -34,6 +34,7 @@ from ..core import (
     Stats,
     Tally,
     histogram_entropy,
+    is_finite,
     moved,
     on,
 )
@@ -267,7 +268,7 @@ def _solve_stack(
         patterns = [_pattern(part.pattern, old) for (_, part), old in zip(parts, patterns, strict=True)]
         problem = replace(problem, constraint=constraint, start=solved)
         solved = step.method.run(problem, step.config)
-        if not bool(torch.isfinite(solved.weight).all()):
+        if not is_finite(solved.weight):
             raise NumericalError(f"{step.name} made non-finite weights in {', '.join(names)}; raise its damping")
     if solved is None:
         return []

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.special import ndtr  # scipy.stats takes a second to import
 
 from ...core import Budget, LayerSummary, Problem
 from .budget import bounds, chosen, meet
@@ -86,6 +85,8 @@ def kmeans_1d(x: Sequence[float], k: int) -> list[int]:
 
 def equal_marginal_sparsity(loss: Sequence[float], sizes: Sequence[int], target: float) -> list[float]:
     """``s = 2Φ(√(λ/ē)) − 1`` with λ such that the weighted mean is ``target`` (bisection in log λ)."""
+    from scipy.special import ndtr  # slow to import, and only needed here
+
     e, n = np.asarray(loss, float), np.asarray(sizes, float)
 
     def sparsity(log_lambda: float) -> np.ndarray:

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from scipy.stats import kendalltau
 
 from ...core import Budget, LayerSummary
 from .budget import bounds, meet
@@ -116,6 +115,8 @@ def held_out_tau(features: np.ndarray, losses: np.ndarray, seed: int) -> float:
     for fold in range(min(_FOLDS, len(losses))):
         out = folds == fold
         predicted[out] = _trees(seed).fit(features[~out], losses[~out]).predict(features[out])
+    from scipy.stats import kendalltau  # slow to import, and only needed here
+
     tau = float(np.asarray(kendalltau(predicted, losses)[0], float))
     return tau if np.isfinite(tau) else 0.0
 
