@@ -1,6 +1,6 @@
 """Other tools beside lissom: same dense checkpoint, same calibration tokens, same evaluation of what was saved.
 
-    .venv/bin/python benchmarks/peers.py [--only PATTERN] [--threads 2] [--again] [--render]
+    .venv/bin/python benchmarks/peers.py [--model demo] [--only PATTERN] [--threads 2] [--again] [--render]
 
 Each peer lives in an environment of its own under ``--peers`` (default /work/peers):
 
@@ -20,7 +20,8 @@ Seconds are of the whole process, start to exit (imports, reading, writing and â
 resident memory. Finished rows are kept in benchmarks/rows/peers/; ``--again`` measures them anew. Rows of one call share their
 ``run``, and only those may be compared in time. ``--wrap "slot --quiet --"`` puts a queue before each measured process, whose
 waiting is not counted; ``--wrap-evaluate`` before each evaluation; ``--at-once 3`` hands three rows to the queue together.
-``--render`` writes the table into RESULTS.md.
+``--render`` writes the table into RESULTS.md. ``--model 0.6B``: the demo model's architecture and tokenizer at another size
+(`synthetic.SHAPES`) with random weights, for times alone; rows in benchmarks/rows/peers-0.6B/.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ import numpy as np
 import torch
 from main_table import DATA, HERE, LISSOM, calibration, evaluation_on
 from study import into_results
+from synthetic import HEAD_DIM, SHAPES
 
 from lissom.evaluate import fingerprint, load_text, samples, tokenize
 from lissom.export import open_model
@@ -113,6 +115,20 @@ def lissom_rows() -> dict[str, list[str]]:
     return out
 
 
+def random_model(like: Path, name: str, out: Path) -> None:
+    """The architecture and tokenizer of the directory ``like`` at another size, weights by transformers' own start."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    shape = SHAPES[name]
+    config = AutoConfig.from_pretrained(
+        like, num_hidden_layers=shape["layers"], hidden_size=shape["width"], intermediate_size=shape["inner"],
+        num_attention_heads=shape["heads"], num_key_value_heads=shape["kv_heads"], head_dim=HEAD_DIM,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).half().save_pretrained(out)
+    AutoTokenizer.from_pretrained(like).save_pretrained(out)
+
+
 def names() -> list[str]:
     return [*peer_rows(), *lissom_rows()]
 
@@ -179,6 +195,7 @@ def render() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--model", choices=("demo", *SHAPES), default="demo")
     parser.add_argument("--only", default="")
     parser.add_argument("--peers", type=Path, default=Path("/work/peers"))
     parser.add_argument("--threads", type=int, default=2)
@@ -190,15 +207,19 @@ def main() -> None:
     options = parser.parse_args()
     if options.render:
         return render()
-    ROWS.mkdir(parents=True, exist_ok=True)
+    rows = ROWS if options.model == "demo" else ROWS.with_name(f"peers-{options.model}")
+    rows.mkdir(parents=True, exist_ok=True)
     started = datetime.datetime.now().isoformat(timespec="minutes")
     base = Path(tempfile.mkdtemp(prefix="lissom-peers-"))
     try:
         dense, ids = base / "dense", base / "ids.npy"
         subprocess.run([LISSOM, "unpack", "demo", str(dense)], check=True)
+        if options.model != "demo":
+            random_model(dense, options.model, base / options.model)
+            dense = base / options.model
         tokens = tokenize(open_model(dense).tokenizer(), load_text(str(DATA / "valid.txt")))
         np.save(ids, samples(tokens, 32, 512, 0).numpy())
-        paths = {n: ROWS / (re.sub(r"[^a-z0-9]+", "-", n.lower()).strip("-") + ".json") for n in names()}
+        paths = {n: rows / (re.sub(r"[^a-z0-9]+", "-", n.lower()).strip("-") + ".json") for n in names()}
         chosen = [n for n in names() if re.search(options.only, n) and (options.again or not paths[n].exists())]
 
         def one(name: str) -> None:

@@ -124,7 +124,7 @@ class Artefact:
         notes: Mapping[str, float] = result.notes if result else {}
         record = LayerRecord(
             layer.name, layer.block, layer.role, [layer.rows, layer.columns], layer.rows * layer.columns, pattern,
-            float((stored == 0).double().mean()), bits, group, cluster,
+            (stored.numel() - int(stored.count_nonzero())) / stored.numel(), bits, group, cluster,
             result.error if result else None, result.relative_error if result else None,
             notes.get("damping"), int(notes.get("dead", 0)), size, checksum(stored),
             {k: notes[f"block_error_{k}"] for k in ("before", "after")} if "block_error_after" in notes else None, scale,
