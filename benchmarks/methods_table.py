@@ -216,7 +216,9 @@ def main() -> None:
     if options.list:
         print("\n".join(f"{c:5} {n}" for n, c in waiting))
     elif not options.render:
-        source = forked(converted, options.model)  # a child of a process whose threads have run can wait for them forever
+        source = forked(
+            converted, options.model
+        )  # a child of a process whose threads have run can wait for them forever
         if isinstance(source, Exception):
             raise source
         text = tokenize(open_model(source).tokenizer(), load_text(str(DATA / "test.raw.txt")))

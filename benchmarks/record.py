@@ -81,17 +81,8 @@ def claimed(lock: Path) -> bool:
         return True
 
 
-# rows of the main table, same protocol and seed, that stand in until a row is measured here
-STAND_IN = {
-    "sparsegpt after each stage": "sparsegpt-70.json",
-    "loss clusters": "loss-clusters-70.json",
-}
-
-
 def found(name: str) -> dict | None:
     path = path_of(name)
-    if not path.exists() and name in STAND_IN:
-        path = HERE / "rows" / STAND_IN[name]
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 

@@ -20,6 +20,33 @@ from ...core.grid import spread_groups
 _LEAST = 2.0**-24  # of half precision: a scale never becomes zero, by which weights are divided
 
 
+class _Rounded(torch.autograd.Function):
+    """Weights (out, in) on a grid whose scales stay, straight through: of the forward pass one byte a weight is kept.
+
+    What autograd would keep of the same operations is 32 bytes a weight, in every layer of the model at once. The gradient is
+    that of ``minimum`` and ``maximum`` to the last bit: half of it passes where a weight lies on the end of the range.
+    """
+
+    @staticmethod
+    def forward(ctx, w: Tensor, scales: Tensor, zeros: Tensor, top: float, group: int) -> Tensor:  # type: ignore[override]
+        scale, zero = (spread_groups(t, w.shape[1], group) for t in (scales, zeros))
+        steps = w / scale
+        ctx.save_for_backward(scales, _halves(steps, -zero, top - zero))
+        ctx.group = group
+        return scale * steps.clamp_(-zero, top - zero).round_().add_(0.0)  # no negative zeros
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+        scales, halves = ctx.saved_tensors
+        scale = spread_groups(scales, gradient.shape[1], ctx.group)
+        return gradient * scale * (halves * 0.5) / scale, None, None, None, None
+
+
+def _halves(steps: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """2 inside of low … high, 1 on either end, 0 outside; int8. ``low`` < ``high``."""
+    return ((steps >= low) & (steps <= high)).to(torch.int8) + ((steps > low) & (steps < high))
+
+
 @dataclass(frozen=True)
 class Legal:
     """The set of weights that one solved layer may take: ``mask`` (out, in) bool or None, ``codes`` with the grid or None."""
@@ -46,9 +73,12 @@ class Legal:
         w = latent if self.mask is None else latent * self.mask
         if self.codes is None:
             return w
-        free = self.codes.scale if stretch is None else self.scale(stretch)
-        scale, zero = (spread_groups(t, w.shape[1], self.codes.group_size) for t in (free, self.codes.zero))
         top = 2.0**self.codes.bits - 1
+        if stretch is None:
+            return _Rounded.apply(w, self.codes.scale, self.codes.zero, top, self.codes.group_size)
+        scale, zero = (
+            spread_groups(t, w.shape[1], self.codes.group_size) for t in (self.scale(stretch), self.codes.zero)
+        )
         steps = torch.minimum(torch.maximum(w / scale, -zero), top - zero)  # no gradient beyond the range
         return scale * (steps + (torch.round(steps) - steps).detach())
 
