@@ -216,9 +216,8 @@ def main() -> None:
     if options.list:
         print("\n".join(f"{c:5} {n}" for n, c in waiting))
     elif not options.render:
-        source = forked(
-            converted, options.model
-        )  # a child of a process whose threads have run can wait for them forever
+        # in a child: the children of a process whose threads have run can wait for these forever
+        source = forked(converted, options.model)
         if isinstance(source, Exception):
             raise source
         text = tokenize(open_model(source).tokenizer(), load_text(str(DATA / "test.raw.txt")))

@@ -7,8 +7,8 @@ from torch import Tensor
 def is_finite(values: Tensor) -> bool:
     """Whether no element is NaN or infinite; any shape, floating-point.
 
-    The smallest and the largest element tell it: NaN wins both comparisons. On a processor that is 30 times faster than
-    ``isfinite(values).all()``, which makes a tensor of booleans first.
+    The smallest and the largest element tell it: NaN wins both comparisons. ``isfinite(values).all()`` would make a tensor of
+    booleans first.
     """
     if not values.numel():
         return True

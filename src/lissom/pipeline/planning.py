@@ -291,11 +291,9 @@ def estimate(model: Model, recipe: Recipe, layers: list[Linear], tokens: int) ->
     cached = 0  # a teacher's answers on disk: an index and half a float each
     seconds = 1.3 * tokens * per_token * share / matmul_speed() + sweeps + weights / 4e7
     for step in recipe.steps:
-        if step.method.kind in (
-            "training",
-            *TRAINED,
-        ):  # two models, gradients, two moments, the best so far, what waits for the gradient; logits
+        if step.method.kind in ("training", *TRAINED):
             c = step.config
+            # two models, gradients, two moments, the best so far, what waits for the gradient; and logits
             logits = 4 * 4 * c.batch * c.length * model.config.vocab_size // c.accumulate
             memory = max(memory, _PYTHON_AND_TORCH + 4 * 10 * model.parameters_count + logits)
             whole = 4.0 * c.steps * c.batch * c.length * model.parameters_count / matmul_speed()

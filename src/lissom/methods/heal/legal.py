@@ -23,7 +23,7 @@ _LEAST = 2.0**-24  # of half precision: a scale never becomes zero, by which wei
 class _Rounded(torch.autograd.Function):
     """Weights (out, in) on a grid whose scales stay, straight through: of the forward pass one byte a weight is kept.
 
-    What autograd would keep of the same operations is 32 bytes a weight, in every layer of the model at once. The gradient is
+    Autograd would keep several tensors of the weights' size, in every layer of the model at once. The gradient is
     that of ``minimum`` and ``maximum`` to the last bit: half of it passes where a weight lies on the end of the range.
     """
 
