@@ -94,13 +94,16 @@ def lissom_rows() -> dict[str, list[str]]:
         out[f"lissom sparsegpt {sparsity:.0%}"] = ["--recipe", "sparsegpt", "--set", value]
         whole = ["--set", "bits=16", "--set", "embedding_bits=16"]
         out[f"lissom aggressive {sparsity:.0%}"] = ["--recipe", "aggressive", "--set", value, *whole]
+    ordered = ["act_order=true", "range=mse"]
     recipes: dict[str, tuple[str, list[str]]] = {
-        "GPTQ": ("int3", []),
+        "YAQA": ("int3", []),
+        "YAQA, no tokens weighed": ("int3", ["token_fisher=0"]),
+        "GPTQ": ("gptq", [*ordered, "token_fisher=0.5"]),
         "descent": ("gptq-descent", []),
         "descent, tokens weighed": ("gptq-descent", ["token_fisher=0.5"]),
         "autoround": ("autoround", []),
         "autoround of 60 iterations, tokens weighed": ("autoround", ["iterations=60", "token_fisher=0.5"]),
-        "GPTQ, tokens alike": ("int3", ["token_fisher=0"]),
+        "GPTQ, tokens alike": ("gptq", ordered),
         "GPTQ + reconstruct": ("int3-healed", ["epochs=2"]),
         "GPTQ + reconstruct, 8 epochs": ("int3-healed", []),
     }

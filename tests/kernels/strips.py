@@ -2,8 +2,9 @@
 
 import torch
 
-from lissom.core import Problem, Stats
+from lissom.core import GridParams, Problem, Stats
 from lissom.core.columns import Strip
+from lissom.core.two_sided import Entries
 
 
 def strip(rows, span, masked, seed, whole_numbers=False):
@@ -18,6 +19,22 @@ def strip(rows, span, masked, seed, whole_numbers=False):
 
 def copied(s):
     return Strip(*(t.clone() if t is not None else None for t in (s.w, s.u, s.keep, s.q, s.errors, s.codes)))
+
+
+def entries(rows, span, masked, seed):
+    """In whole numbers and halves, of factors with few entries: every product and sum is exact, whatever the order."""
+    g = torch.Generator().manual_seed(seed)
+
+    def factor(n):
+        sparse = torch.randint(-1, 2, (n, n), generator=g) * (torch.rand(n, n, generator=g) < 2 / n)
+        return sparse.float().triu(1) + torch.eye(n)
+
+    w, left = (torch.randint(-9, 10, (span, rows), generator=g).float() for _ in range(2))
+    keep = torch.rand(span, rows, generator=g) < 0.4 if masked else None
+    params = GridParams(torch.full_like(w, 2.0), torch.full_like(w, 3.0), torch.full_like(w, 8.0))
+    return Entries(
+        w, left, factor(span), factor(rows), keep, params, torch.zeros_like(w, dtype=torch.uint8), torch.zeros_like(w)
+    )
 
 
 def problem(constraint, rows=150, columns=160, seed=0):

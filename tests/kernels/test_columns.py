@@ -6,12 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strips import agree, copied, problem, strip
+from strips import agree, copied, entries, problem, strip
 
 from lissom.core import NM, Both, Fixed, Grid, GridParams, Sparse, Stack, sweep
 from lissom.core.columns import Strip, decide_columns
+from lissom.core.two_sided import decide_entries
 from lissom.kernels import extension
-from lissom.kernels.columns import column_loop, compiled
+from lissom.kernels.columns import column_loop, compiled, compiled_entries, entry_loop
 
 pytestmark = pytest.mark.skipif(extension is None, reason="lissom was installed without a compiler")
 ISAS = ["", "portable"]
@@ -85,3 +86,24 @@ def test_other_types_take_the_torch_loop_and_bad_shapes_are_refused():
         compiled(replace(s, u=s.u[:2, :2].contiguous()), None, 0, 4, 4)
     with pytest.raises(ValueError, match="range"):
         compiled(s, None, 0, 4, 5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 20), st.booleans(), st.integers(0, 99), st.sampled_from(ISAS))
+def test_entries_exact_where_numbers_are_exact(rows, span, masked, seed, isa):
+    a, b = entries(rows, span, masked, seed), entries(rows, span, masked, seed)
+    decide_entries(a)
+    compiled_entries(b, isa)
+    assert torch.equal(a.codes, b.codes) and torch.equal(a.errors, b.errors)
+    assert masked or a.codes.unique().numel() > 1 or rows * span < 9
+
+
+def test_other_types_of_entries_take_the_torch_loop_and_bad_shapes_are_refused():
+    assert entry_loop() is compiled_entries
+    block = entries(4, 3, True, 0)
+    double = replace(block, w=block.w.double(), errors=block.errors.double())
+    compiled_entries(double)
+    assert bool(double.errors.count_nonzero())
+    for name in ("u", "v", "left"):
+        with pytest.raises(ValueError, match="span"):
+            compiled_entries(replace(block, **{name: getattr(block, name)[:1, :1].contiguous()}))

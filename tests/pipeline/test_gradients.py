@@ -60,6 +60,27 @@ def test_methods_that_need_gradients_run_from_a_recipe(method, tmp_path):
     assert not list((tmp_path / "out").glob("gradients-*"))
 
 
+def test_rounding_for_the_loss_through_a_whole_run(trained, tmp_path):
+    """Other codes than with outputs alike, a loss nearer to the dense one; the same with the output Gram matrices as white as can be."""
+    overrides = ["calibration.samples=8", "calibration.length=48", "format=packed"]
+    step, weights = {"use": "yaqa", "bits": 2, "group_size": 16}, {}
+    for name, damping in (("yaqa", 1.0), ("white", 1e9)):
+        compress(trained, tmp_path / name, [{**step, "damping_out": damping}], overrides=overrides)
+        weights[name] = Model(open_model(tmp_path / name)).load_block(1).weight("model.layers.1.mlp.up_proj")
+    gptq = {"use": "gptq", "bits": 2, "group_size": 16, "act_order": True}
+    compress(trained, tmp_path / "gptq", [gptq], overrides=overrides)
+    theirs = Model(open_model(tmp_path / "gptq")).load_block(1).weight("model.layers.1.mlp.up_proj")
+    assert (weights["white"] == theirs).double().mean() > 0.99 and not torch.equal(weights["yaqa"], theirs)
+
+
+def test_rounding_for_the_loss_where_there_is_none_takes_outputs_alike(random_checkpoint, tmp_path):
+    overrides = ["calibration.samples=4", "calibration.length=16"]
+    steps = [{"use": "yaqa", "bits": 4, "group_size": 16}]
+    compress(random_checkpoint("bert"), tmp_path / "out", steps, overrides=overrides)
+    plan = make_plan(Model(open_model(random_checkpoint("bert"))), read(steps, overrides))
+    assert any("no head" in w for w in plan.warnings) and not list((tmp_path / "out").glob("gradients-*"))
+
+
 def test_rows_are_compared_by_what_the_loss_makes_of_their_outputs(trained, tmp_path):
     """The weighted error – the second order of the KL – falls, the plain one rises, and every layer keeps its budget."""
     overrides = ["calibration.samples=8", "calibration.length=48", "sparsity=0.7"]

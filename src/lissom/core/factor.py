@@ -8,6 +8,7 @@ factorisation and one triangular inverse; the reference codes invert H and facto
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -68,23 +69,45 @@ def invert_upper(R: Tensor) -> Tensor:
     return out
 
 
-def factorise(H: Tensor, damping: float = 0.01, order: Tensor | None = None) -> Factor:
-    """Factor of the damped Hessian; raises :class:`NumericalError` when no damping helps."""
+def _roots(H: Tensor, damping: float) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """``R`` upper triangular with R Rᵀ the damped H, the dead inputs, and the damping: first as asked, then tenfold each time.
+
+    Raises :class:`NumericalError` when no damping helps.
+    """
     if not is_finite(H):
         raise NumericalError("the Gram matrix is not finite: the calibration activations overflow or hold NaN")
-    if order is not None:
-        H = H[order][:, order]
     fraction = damping
     for _ in range(_ESCALATIONS):
         D, dead = damped(H, fraction)
         L, info = torch.linalg.cholesky_ex(D.flip(0, 1))
         if int(info) == 0:
-            R = L.flip(0, 1)
-            U = invert_upper(R)
-            if is_finite(U):
-                return Factor(U, dead, fraction, order)
+            yield L.flip(0, 1), dead, fraction
         fraction = max(fraction, 1e-4) * 10
     raise NumericalError(
         f"the Gram matrix is not positive definite even with damping {fraction / 10:g}: "
         "use more calibration text, or exclude the layer with `ignore`"
     )
+
+
+def factorise(H: Tensor, damping: float = 0.01, order: Tensor | None = None) -> Factor:
+    """Factor of the damped Hessian; raises :class:`NumericalError` when no damping helps."""
+    H = H if order is None else H[order][:, order]
+    return next(
+        Factor(U, dead, fraction, order) for R, dead, fraction in _roots(H, damping) if is_finite(U := invert_upper(R))
+    )
+
+
+@dataclass(frozen=True)
+class Side:
+    """One factor of a two-sided Hessian in ``order`` (n,), by falling diagonal: ``U`` (n, n) upper triangular with ones on the
+    diagonal and U D Uᵀ = H, the feedback of LDLQ (methods/02 §14) plus one."""
+
+    order: Tensor
+    U: Tensor
+
+
+def side(H: Tensor, damping: float) -> Side:
+    """The side of the damped H; raises :class:`NumericalError` when no damping helps."""
+    order = H.diagonal().argsort(descending=True, stable=True)
+    roots = ((R / R.diagonal()).contiguous() for R, _, _ in _roots(H[order][:, order], damping))
+    return Side(order, next(U for U in roots if is_finite(U)))

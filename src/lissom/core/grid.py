@@ -36,6 +36,10 @@ class GridParams:
         """The largest number of bits of any row."""
         return int(self.levels.max()).bit_length() - 1
 
+    def rows(self, rows: slice) -> GridParams:
+        """The parameters of some rows."""
+        return GridParams(self.scale[rows], self.zero[rows], self.levels[rows])
+
     def round(self, w: Tensor) -> Tensor:
         """Codes (float, integral) nearest to ``w``."""
         return torch.minimum(torch.round(w / self.scale) + self.zero, self.levels - 1).clamp_min(0)

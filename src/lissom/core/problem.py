@@ -15,6 +15,7 @@ from .factor import Factor, damped, factorise
 from .grid import Codes
 from .stats import Stats
 from .stored import Stored
+from .two_sided import EntryLoop, decide_entries
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Problem:
     the gradients themselves; ``output_gram`` (out, out), E[g gᵀ] of the gradients g at the outputs;
     ``gradient_l1`` (out, in), the sum over samples of the gradient's magnitudes; ``sample`` (tokens, in) of the inputs; ``owner``
     (in,), inputs whose factors must be equal have equal numbers.
-    ``loop``: the innermost loop of :func:`.sweep`.
+    ``loop``: the innermost loop of :func:`.sweep`; ``entry_loop``: of :func:`.two_sided`.
     """
 
     weight: Tensor
@@ -67,6 +68,7 @@ class Problem:
     _factors: dict[tuple[float, bool], Factor] = field(default_factory=dict, repr=False, compare=False)
     extras: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     loop: ColumnLoop = field(default=decide_columns, repr=False, compare=False)
+    entry_loop: EntryLoop = field(default=decide_entries, repr=False, compare=False)
 
     @classmethod
     def of(cls, weight: Tensor, stats: Stats, constraint: object = None, **rest: object) -> Problem:

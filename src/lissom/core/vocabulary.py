@@ -4,14 +4,14 @@
 
 from .block import BlockForward, BlockProblem
 from .constraint import NM, Both, Constraint, Fixed, Pattern, Sparse, Stack, both, keep_largest
-from .factor import Factor, damped, factorise
+from .factor import Factor, Side, damped, factorise, side
 from .finite import is_finite
 from .grid import Codes, Grid, GridParams
 from .method import Method
 from .place import HOST, device_named, moved, on, room
 from .problem import Budget, LayerSummary, Problem, Solved
 from .rotation import Orthogonal, Rotation
-from .stats import Stats, Tally, gram_product, histogram_entropy, merge
+from .stats import Stats, Tally, add_gram, gram_product, histogram_entropy, merge, mirrored
 from .stored import (
     Affine,
     Binary,
@@ -31,4 +31,5 @@ from .stored import (
     stored_bits,
 )
 from .sweep import sweep
+from .two_sided import two_sided
 from .units import GateProblem, UnitProblem, Units

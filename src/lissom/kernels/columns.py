@@ -1,4 +1,4 @@
-"""The compiled innermost loops of the sweep; :func:`lissom.core.columns.decide_columns` is their definition."""
+"""The compiled innermost loops of the sweeps; those of :mod:`lissom.core.columns` and :mod:`lissom.core.two_sided` are their definition."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from ..core import HOST
 from ..core.columns import ColumnLoop, Strip, decide_columns
 from ..core.grid import GridParams
+from ..core.two_sided import Entries, EntryLoop, decide_entries
 from .native import extension
 
 _MOST = 64  # columns that the kernel holds at once
@@ -56,6 +57,26 @@ def compiled(strip: Strip, params: GridParams | None, begin: int, end: int, reac
         _array(w), _array(strip.u), keep, *grid, _array(strip.q), _array(strip.errors), codes,
         begin, end, reach, isa,
     )  # fmt: skip
+
+
+def entry_loop() -> EntryLoop:
+    """The fastest loop over entries of this installation."""
+    return decide_entries if extension is None else compiled_entries
+
+
+def compiled_entries(block: Entries, isa: str = "") -> None:
+    """The same as :func:`.decide_entries` up to the order of sums, for float32; other types go there. It runs on the processor,
+    wherever the tensors are: every entry waits for the one before it.
+    """
+    if extension is None or block.w.dtype != torch.float32:
+        return decide_entries(block)
+    here = [_array(t.to(HOST)) for t in (block.w, block.left, block.u, block.v)]
+    keep = None if block.keep is None else _array(block.keep.to(HOST).view(torch.uint8))
+    grid = [_array(t.to(HOST)) for t in (block.params.scale, block.params.zero, block.params.levels)]
+    codes, errors = torch.empty_like(block.codes, device=HOST), torch.empty_like(block.errors, device=HOST)
+    extension.decide_entries(*here, keep, *grid, _array(codes), _array(errors), isa)
+    block.codes.copy_(codes)
+    block.errors.copy_(errors)
 
 
 def _array(t: Tensor):

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..core import HOST, RecipeError, moved, on
+from ..core import HOST, RecipeError, add_gram, mirrored, moved, on
 from ..models import Block, Model
 from .recipe import Recipe
 
@@ -32,7 +32,9 @@ WANTED = {
     "llm-pruner": ("samples",),
     "head-importance": ("samples",),
     "surgeon-units": ("output_gram",),
+    "yaqa": ("output_gram",),
 }
+_DO_WITHOUT = {"yaqa"}  # run on a model without a head too
 _OF_WEIGHTS = {"gradient", "gradient_l1", "fisher", "samples"}
 TOKEN_WEIGHT = "token_weight"  # (tokens,), of mean 1: (g · g)^exponent of the gradients g at a layer's outputs
 OUTPUT_POWER = "output_power"  # (out,), E[g²] of the gradients g at the outputs: the diagonal of "output_gram"
@@ -40,12 +42,13 @@ _POWER_TOKENS = 4096  # for a mean over tokens
 _TOKENS = 256  # of the head's logits at a time
 
 
-def wanted_extras(recipe: Recipe) -> list[str]:
-    """The extras that the solvers and the statistics of a recipe read."""
-    read = {e for step in recipe.steps if step.method.kind == "solver" for e in WANTED.get(step.name, ())}
-    if any(step.constraint.row_fisher for step in recipe.steps):
+def wanted_extras(recipe: Recipe, head: bool = True) -> list[str]:
+    """The extras that the solvers and the statistics of a recipe read, of a model with a ``head`` or without."""
+    solvers = [s for s in recipe.steps if s.method.kind == "solver" and (head or s.name not in _DO_WITHOUT)]
+    read = {e for step in solvers for e in WANTED.get(step.name, ())}
+    if head and any(step.constraint.row_fisher for step in recipe.steps):
         read.add(OUTPUT_POWER)
-    if recipe.calibration.token_fisher:
+    if head and recipe.calibration.token_fisher:
         read.add(TOKEN_WEIGHT)
     return sorted(read)
 
@@ -66,9 +69,7 @@ def for_recipe(
     The power of outputs is a mean over tokens: a few samples are enough where nothing else is read. Without a head there is
     no loss: rows and tokens count alike.
     """
-    extras = wanted_extras(recipe)
-    if not model.has_head:
-        extras = [e for e in extras if e not in (OUTPUT_POWER, TOKEN_WEIGHT)]
+    extras = wanted_extras(recipe, model.has_head)
     if extras == [OUTPUT_POWER]:
         ids = ids[: max(1, _POWER_TOKENS // ids.shape[1])]
     if extras:
@@ -180,7 +181,7 @@ def _backward(
             if TOKEN_WEIGHT in extras:
                 by_token.setdefault(name, []).append(squares.sum(1))
             if name in grams:
-                grams[name] += flat.T @ flat
+                add_gram(grams[name], flat)
 
         output.register_hook(add)
 
@@ -216,5 +217,5 @@ def _backward(
         if TOKEN_WEIGHT in extras:
             kept[f"{name}|{TOKEN_WEIGHT}"] = _weights_of_tokens(torch.cat(by_token.pop(name)), exponent)
         if "output_gram" in extras:
-            kept[f"{name}|output_gram"] = grams[name] / (len(inputs) * inputs.shape[1])
+            kept[f"{name}|output_gram"] = mirrored(grams[name]) / (len(inputs) * inputs.shape[1])
     return before, kept

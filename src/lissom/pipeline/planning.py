@@ -81,6 +81,7 @@ def make_plan(model: Model, recipe: Recipe, out: Path | None = None, calibration
         problems += _misfits(step, layers, warnings)
     for setting, given in (
         ("row_fisher", any(s.constraint.row_fisher for s in solvers)), ("token_fisher", recipe.calibration.token_fisher),
+        ("yaqa's output factor", any(s.name == "yaqa" for s in solvers)),
     ):  # fmt: skip
         if given and not model.has_head:
             warnings.append(

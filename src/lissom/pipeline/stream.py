@@ -38,7 +38,7 @@ from ..core import (
     moved,
     on,
 )
-from ..kernels.columns import column_loop
+from ..kernels.columns import column_loop, entry_loop
 from ..models import Block, Linear, Model, Run
 from .gradients import OUTPUT_POWER, TOKEN_WEIGHT
 from .layers import constraint_for, wanted
@@ -246,8 +246,8 @@ def _solve_stack(
     W = torch.cat([weights[layer.name] for layer in layers])
     extras = {layer.name: moved(extras.get(layer.name, {}), W.device) for layer in layers}
     names = tuple(layer.name for layer in layers)
-    free, loop = Stack(((len(W), Both()),)), column_loop(W.device)
-    problem = Problem(W, stats, free, names, None, factors, stacked_extras(layers, extras), loop)
+    free, loops = Stack(((len(W), Both()),)), (column_loop(W.device), entry_loop())
+    problem = Problem(W, stats, free, names, None, factors, stacked_extras(layers, extras), *loops)
     solved = None
     patterns = ["dense"] * len(layers)
     for step, budget in chain:

@@ -215,5 +215,24 @@ NB_MODULE(_C, m) {
         },
         nb::arg("w"), nb::arg("u"), nb::arg("keep").none(), nb::arg("scale").none(), nb::arg("zero").none(), nb::arg("levels").none(),
         nb::arg("q"), nb::arg("errors"), nb::arg("codes").none(), nb::arg("begin"), nb::arg("end"), nb::arg("reach"), nb::arg("isa") = "");
+    m.def(
+        "decide_entries",
+        [](In<float, 2> w, Out<float, 2> left, In<float, 2> u, In<float, 2> v, std::optional<In<uint8_t, 2>> keep, In<float, 2> scale,
+           In<float, 2> zero, In<float, 2> levels, Out<uint8_t, 2> codes, Out<float, 2> errors, const std::string &isa) {
+            const int64_t span = (int64_t)w.shape(0), rows = (int64_t)w.shape(1);
+            auto same = [&](const auto &x) { return (int64_t)x.shape(0) == span && (int64_t)x.shape(1) == rows; };
+            auto square = [](const auto &x, int64_t n) { return (int64_t)x.shape(0) == n && (int64_t)x.shape(1) == n; };
+            if (!square(u, span) || !square(v, rows) || !same(left) || !same(scale) || !same(zero) || !same(levels) || !same(codes) ||
+                !same(errors) || (keep && !same(*keep)))
+                throw nb::value_error("u must be (span, span), v (rows, rows), everything else (span, rows)");
+            std::vector<float> above((size_t)rows);
+            const EntryRun run = {w.data(),      left.data(),  u.data(),      v.data(), keep ? keep->data() : nullptr, scale.data(), zero.data(),
+                                  levels.data(), codes.data(), errors.data(), above.data(), rows, span};
+            const Ops *ops = ops_named(isa);
+            nb::gil_scoped_release release;
+            ops->decide_all(run);
+        },
+        nb::arg("w"), nb::arg("left"), nb::arg("u"), nb::arg("v"), nb::arg("keep").none(), nb::arg("scale"), nb::arg("zero"),
+        nb::arg("levels"), nb::arg("codes"), nb::arg("errors"), nb::arg("isa") = "");
     bind_engine(m);
 }

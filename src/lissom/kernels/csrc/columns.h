@@ -22,4 +22,17 @@ struct ColumnRun {
     int begin, end, reach;
 };
 
+// Error feedback over inputs and outputs (lissom/core/two_sided.py is its definition): column by column and down each column.
+struct EntryRun {
+    const float *w;      // (span, rows)
+    float *left;         // (span, rows): what earlier columns left, summed with u; later columns are added to
+    const float *u, *v;  // (span, span), (rows, rows)
+    const uint8_t *keep; // (span, rows) or null
+    const float *scale, *zero, *levels; // (span, rows)
+    uint8_t *codes;      // (span, rows)
+    float *errors;       // (span, rows)
+    float *above;        // (rows): scratch
+    int64_t rows, span;
+};
+
 } // namespace lissom

@@ -58,5 +58,33 @@ void decide(const ColumnRun &c) {
     }
 }
 
+void decide_all(const EntryRun &c) {
+    for (int64_t j = 0; j < c.span; j++) {
+        const int64_t at = j * c.rows;
+        const float *left = c.left + at;
+        float *errors = c.errors + at, *above = c.above;
+        for (int64_t i = 0; i < c.rows; i++) above[i] = 0;
+        for (int64_t i = 0; i < c.rows; i++) {
+            const float scale = c.scale[at + i], zero = c.zero[at + i], top = c.levels[at + i] - 1.0f;
+            float code = nearest((c.w[at + i] + left[i] + above[i]) / scale) + zero;
+            code = code > top ? top : code;
+            code = code < 0.0f ? 0.0f : code;
+            if (c.keep && !c.keep[at + i]) code = zero;
+            c.codes[at + i] = (uint8_t)(int)code;
+            errors[i] = c.w[at + i] - (code - zero) * scale;
+            const float sum = errors[i] + left[i];
+            const float *v = c.v + i * c.rows;
+#pragma omp simd
+            for (int64_t k = i + 1; k < c.rows; k++) above[k] += v[k] * sum;
+        }
+        for (int64_t l = j + 1; l < c.span; l++) {
+            const float f = c.u[j * c.span + l];
+            float *later = c.left + l * c.rows;
+#pragma omp simd
+            for (int64_t i = 0; i < c.rows; i++) later[i] += f * errors[i];
+        }
+    }
+}
+
 } // namespace
 } // namespace lissom

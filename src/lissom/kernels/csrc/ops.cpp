@@ -199,7 +199,7 @@ const Ops *LISSOM_OPS() {
     (defined(LISSOM_WANT_NEON) && !defined(LISSOM_NEON))
     return nullptr;
 #else
-    static const Ops table = {LISSOM_OPS_NAME, strip, quantize, block<uint16_t>, block<int8_t>, nibbles, exps, rmsnorm, silu_mul, bcq_strip, decide};
+    static const Ops table = {LISSOM_OPS_NAME, strip, quantize, block<uint16_t>, block<int8_t>, nibbles, exps, rmsnorm, silu_mul, bcq_strip, decide, decide_all};
     return &table;
 #endif
 }

@@ -73,6 +73,7 @@ struct Ops { // one table for each instruction set
     void (*bcq)(const uint8_t *strip, int tiles, int G, int bits, const int8_t *table, const Acts &, int t, float *out);
     // a run of columns of a sweep
     void (*decide)(const ColumnRun &);
+    void (*decide_all)(const EntryRun &);
 };
 
 // Null when the compiler or the target has none.

@@ -23,6 +23,7 @@ from .smoothquant import SmoothQuant, smooth, smoothquant
 from .spinquant import SpinQuant, spin
 from .spqr import SpQR, spqr
 from .vs_quant import VSQuant, vs_quant
+from .yaqa import YAQA, yaqa
 from .zeroquant import ZeroQuant, zeroquant
 
 _CODES = frozenset({"codes"})
@@ -51,6 +52,10 @@ METHODS = {
         Method(
             "gptq-descent", "quantize", "solver", "GPTQ, then coordinate descent and re-fitted scales", "arXiv 2309.01885", Descent, descent,
             needs=frozenset({"gram"}), makes=_CODES,
+        ),
+        Method(
+            "yaqa", "quantize", "solver", "error feedback over inputs and outputs, for the model's loss", "arXiv 2505.22988", YAQA, yaqa,
+            needs=frozenset({"gram", "gradients"}), makes=_CODES,
         ),
         Method(
             "quip", "quantize", "solver", "random rotations, then rounding with error feedback", "arXiv 2307.13304", QuIP, quip,

@@ -1,0 +1,51 @@
+"""YAQA: rounding with error feedback from all inputs and all outputs of a layer, under the curvature of the whole model's loss.
+
+    minimise   tr(G Δ A Δᵀ),   Δ = Q − W        A = E[x xᵀ] (in, in), of the inputs;   G = E[g gᵀ] (out, out), of the gradients at the outputs
+
+GPTQ's feedback moves what one input rounds away to the row's other inputs; here it moves to the other outputs as well, so that what
+reaches the loss is least. Grids are fitted first and stay, columns and rows go by falling diagonals. With G = I this is GPTQ with
+activation order.
+
+A model without a head has no loss: its outputs count alike. Source: Tseng, Sun, De Sa 2025 (arXiv 2505.22988), eq. for the two-sided
+LDLQ in §3; from memory of the paper. Differs: G is the empirical Fisher of the next token on the calibration text in place of a power
+iteration on the KL; no rotations and no trellis codes; G is damped by its whole mean diagonal (chosen on held-out text).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...core import Codes, Problem, Solved, side, two_sided
+from .common import finish, grids, start
+
+
+@dataclass(frozen=True)
+class YAQA:
+    """``damping`` of A and ``damping_out`` of G, fractions of their mean diagonals."""
+
+    damping: float = 0.01
+    damping_out: float = 1.0
+
+
+def yaqa(problem: Problem, config: YAQA) -> Solved:
+    """One two-sided sweep for each layer of the stack; ``extras["output_gram"]`` is G, or absent."""
+    grids(problem, "yaqa")
+    W, mask = start(problem)
+    W = torch.where(problem.stats.sumsq == 0, 0.0, W)
+    params, group = problem.constraint.fit_all(W), min(problem.constraint.group_size or W.shape[1], W.shape[1])
+    inputs = side(problem.stats.hessian, config.damping)
+    G = problem.extras.get("output_gram")
+    values: list[Tensor] = []
+    for rows, _ in problem.constraint.slices():
+        outputs = side(torch.eye(rows.stop - rows.start).to(W) if G is None else G[rows, rows], config.damping_out)
+        kept = None if mask is None else mask[rows]
+        values.append(two_sided(W[rows], inputs, outputs, params.rows(rows), group, kept, problem.entry_loop))
+    return finish(
+        problem,
+        Codes(torch.cat(values), params.scale, params.zero, params.bits, group),
+        mask=mask,
+        damping=config.damping,
+    )
