@@ -108,15 +108,32 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 # name → steps and the exponent of the tokens' weights
 TWO_BITS = [{"use": "gptq-descent", "bits": 2, "group_size": 32}]
 FISHER = [PRUNED | {"row_fisher": 0.5}]
+GRIDS = {
+    "3 bits in groups of 128": {"bits": 3, "group_size": 128, "range": "mse"},
+    "4 bits in symmetric groups of 64": {"bits": 4, "group_size": 64, "symmetric": True},
+}
+THREE, FOUR = GRIDS
+
+
+def ordered(grid: str) -> list[dict[str, Any]]:
+    return [{"use": "gptq", "act_order": True, **GRIDS[grid]}]
+
+
+def for_the_loss(grid: str, **settings: float) -> list[dict[str, Any]]:
+    return [{"use": "yaqa", **GRIDS[grid], **settings}]
+
+
 TOKENS: dict[str, tuple[list[dict[str, Any]], float]] = {
     **{f"70% sparsegpt, rows by Fisher^0.5, tokens^{e}": (FISHER, e) for e in (0.25, 0.5, 1)},
     "70% clusters, alps, rows by Fisher^0.5, tokens^0.5": ([CLUSTERS, alps(sparsity=0.7, row_fisher=0.5)], 0.5),
     "4:16, tokens^0.5": ([alps(pattern="4:16")], 0.5),
     **{f"gptq, 3 bits, tokens^{e}": ([{"use": "gptq", "bits": 3}], e) for e in (0, 0.5)},
     **{f"gptq-descent, 2 bits in groups of 32, tokens^{e}": (TWO_BITS, e) for e in (0, 0.5)},
-    **{f"recipe int3, tokens^{e}": (shipped("int3"), e) for e in (0, 0.25, 0.5)},
-    **{f"bits by layer, recipe int3, tokens^{e}": ([{"use": "bits"}, *shipped("int3")], e) for e in (0, 0.5)},
-    **{f"recipe int4, tokens^{e}": (shipped("int4"), e) for e in (0, 0.5)},
+    **{f"gptq in order, {THREE}, tokens^{e}": (ordered(THREE), e) for e in (0, 0.25, 0.5)},
+    **{f"bits by layer, gptq in order, {THREE}, tokens^{e}": ([{"use": "bits"}, *ordered(THREE)], e) for e in (0, 0.5)},
+    **{f"gptq in order, {FOUR}, tokens^{e}": (ordered(FOUR), e) for e in (0, 0.5)},
+    **{f"yaqa, {grid}, tokens^{e}": (for_the_loss(grid), e) for grid in GRIDS for e in (0, 0.5, 1)},
+    **{f"yaqa with damping_out {d}, {THREE}, tokens^0.5": (for_the_loss(THREE, damping_out=d), 0.5) for d in (0.1, 10)},
     "INT4 in ALPS's last sweep, tokens^0": (swept(), 0),
     "INT4 in ALPS's last sweep, ranges by MSE, tokens^0": (swept(range="mse"), 0),
     "INT4 by descent, tokens^0": (polished(128), 0),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from lissom.export import open_model
 from lissom.models import Model
 from lissom.pipeline import read
 from lissom.pipeline.data import CalibrationSet
-from lissom.pipeline.recipe import Step
+from lissom.pipeline.gradients import for_recipe
+from lissom.pipeline.recipe import Recipe
 from lissom.pipeline.stream import LayerResult
 
 G3 = {"bits": 3, "group_size": 128}
@@ -67,7 +69,7 @@ def main() -> None:
         model = Model(open_model(options.model))
         data = calibrated(model, options)
         for name in wanted:
-            rows[name] = measure(model, read([STEPS[name]]).steps[0] if name in STEPS else None, data)
+            rows[name] = measure(model, read([STEPS[name]]) if name in STEPS else None, data)
             options.rows.write_text(json.dumps(rows, indent=1))
             print(name, rows[name], flush=True)
     lines = ["| method | perplexity | bits a weight | seconds |", "|---|---|---|---|"]
@@ -78,9 +80,10 @@ def main() -> None:
     into_results("quantizers", lines)
 
 
-def measure(model: Model, step: Step | None, data: CalibrationSet) -> dict[str, Any]:
-    if step is None:
+def measure(model: Model, recipe: Recipe | None, data: CalibrationSet) -> dict[str, Any]:
+    if recipe is None:
         return {"perplexity": judged(model, None, data), "bits": 16.0, "seconds": 0.0}
+    step = recipe.steps[0]
     seconds, bits, weights, run = 0.0, 0.0, 0, step.method.run
 
     def timed(problem: Problem, config: Any) -> Solved:
@@ -98,7 +101,12 @@ def measure(model: Model, step: Step | None, data: CalibrationSet) -> dict[str, 
         weights += result.solved.weight.numel()
 
     step = dataclasses.replace(step, method=dataclasses.replace(step.method, run=timed))
-    return {"perplexity": judged(model, step, data, visit=weigh), "bits": bits / weights, "seconds": seconds}
+    with tempfile.TemporaryDirectory(prefix="lissom-quantizers-") as folder:
+        clock = time.process_time()
+        extras = for_recipe(model, data.ids, Path(folder), recipe)
+        seconds = time.process_time() - clock
+        perplexity = judged(model, step, data, visit=weigh, extras=extras)
+    return {"perplexity": perplexity, "bits": bits / weights, "seconds": seconds}
 
 
 if __name__ == "__main__":

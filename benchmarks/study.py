@@ -15,7 +15,7 @@ from lissom.models import Model
 from lissom.pipeline.data import CalibrationSet, load_calibration
 from lissom.pipeline.recipe import Step
 from lissom.pipeline.sections import Calibration
-from lissom.pipeline.stream import LayerResult
+from lissom.pipeline.stream import Extras, LayerResult
 from lissom.pipeline.trials import trial
 
 HERE = Path(__file__).parent
@@ -51,9 +51,10 @@ def judged(
     data: CalibrationSet,
     outer: Mapping[str, torch.Tensor] | None = None,
     visit: Callable[[LayerResult], None] | None = None,
+    extras: Extras | None = None,
 ) -> float:
     """Perplexity on the test windows of the model compressed by one step in memory; ``outer``: tensors outside of blocks."""
-    final = trial(model, [(step, None)] if step else [], data, outer=outer, visit=visit)
+    final = trial(model, [(step, None)] if step else [], data, outer=outer, visit=visit, extras=extras)
     losses = [token_losses(model, h[None], row, outer) for h, row in zip(final, data.held_out, strict=True)]
     mean = float(torch.cat(losses).double().mean())
     return math.exp(mean) if mean < 700 else math.inf
