@@ -78,9 +78,9 @@ def swept(**settings: Any) -> list[dict[str, Any]]:
     return [CLUSTERS, alps(sparsity=0.7, row_fisher=0.5, bits=4, group_size=128, **settings)]
 
 
-def polished(group: int) -> list[dict[str, Any]]:
-    """The same zeros, then rounding by GPTQ with coordinate descent."""
-    codes = {"use": "gptq-descent", "bits": 4, "group_size": group}
+def polished(group: int, method: str = "gptq-descent", **settings: Any) -> list[dict[str, Any]]:
+    """The same zeros, then rounding by another method."""
+    codes = {"use": method, "bits": 4, "group_size": group, **settings}
     return [CLUSTERS, alps(sparsity=0.7, row_fisher=0.5), codes]
 
 
@@ -138,6 +138,7 @@ TOKENS: dict[str, tuple[list[dict[str, Any]], float]] = {
     "INT4 in ALPS's last sweep, ranges by MSE, tokens^0": (swept(range="mse"), 0),
     "INT4 by descent, tokens^0": (polished(128), 0),
     "INT4 by descent in groups of 64, tokens^0": (polished(64), 0),
+    "INT4 by YAQA, tokens^0": (polished(128, "yaqa", range="mse"), 0),
     "INT4 by descent, 2 passes from full ranges, tokens^0": (shipped("aggressive"), 0),
 }
 # name → samples, their length, and the texts that take turns; all with BEST

@@ -73,6 +73,19 @@ def test_rounding_for_the_loss_through_a_whole_run(trained, tmp_path):
     assert (weights["white"] == theirs).double().mean() > 0.99 and not torch.equal(weights["yaqa"], theirs)
 
 
+def test_the_plan_counts_what_waits_on_disk(trained, tmp_path):
+    model, overrides = Model(open_model(trained)), ["calibration.samples=4", "calibration.length=16"]
+    sizes = {}
+    for name in ("gptq", "yaqa"):
+        sizes[name] = make_plan(model, read([{"use": name, "bits": 4, "group_size": 16}], overrides)).estimates
+    gather(model, torch.zeros(2, 8, dtype=torch.long), tmp_path, ["output_gram"])
+    waiting = sum(
+        t.numel() * 4 for i in range(model.blocks) for e in block_extras(tmp_path, i).values() for t in e.values()
+    )
+    assert sizes["yaqa"]["disk_bytes"] - sizes["gptq"]["disk_bytes"] == waiting > 0
+    assert sizes["yaqa"]["memory_bytes"] > sizes["gptq"]["memory_bytes"]
+
+
 def test_rounding_for_the_loss_where_there_is_none_takes_outputs_alike(random_checkpoint, tmp_path):
     overrides = ["calibration.samples=4", "calibration.length=16"]
     steps = [{"use": "yaqa", "bits": 4, "group_size": 16}]

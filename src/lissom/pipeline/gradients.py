@@ -23,21 +23,22 @@ from ..models import Block, Model
 from .recipe import Recipe
 
 Tick = Callable[[str, int, int], None]
+OUTPUT_GRAM = "output_gram"  # (out, out), E[g gᵀ] of the gradients g at a layer's outputs
 # method → what it reads from ``Problem.extras``, or of a ``UnitProblem``
 WANTED = {
     "gblm": ("gradient", "gradient_l1"),
     "obd": ("fisher",),
     "obs": ("samples",),
-    "llm-surgeon": ("output_gram",),
+    "llm-surgeon": (OUTPUT_GRAM,),
     "llm-pruner": ("samples",),
     "head-importance": ("samples",),
-    "surgeon-units": ("output_gram",),
-    "yaqa": ("output_gram",),
+    "surgeon-units": (OUTPUT_GRAM,),
+    "yaqa": (OUTPUT_GRAM,),
 }
 _DO_WITHOUT = {"yaqa"}  # run on a model without a head too
 _OF_WEIGHTS = {"gradient", "gradient_l1", "fisher", "samples"}
 TOKEN_WEIGHT = "token_weight"  # (tokens,), of mean 1: (g · g)^exponent of the gradients g at a layer's outputs
-OUTPUT_POWER = "output_power"  # (out,), E[g²] of the gradients g at the outputs: the diagonal of "output_gram"
+OUTPUT_POWER = "output_power"  # (out,), E[g²] of the gradients g at the outputs: the diagonal of `OUTPUT_GRAM`
 _POWER_TOKENS = 4096  # for a mean over tokens
 _TOKENS = 256  # of the head's logits at a time
 
@@ -168,7 +169,7 @@ def _backward(
     differentiated = names if _OF_WEIGHTS & set(extras) else []  # outputs alone cost a third less
     weights = [block.weight(name).requires_grad_() for name in differentiated]
     kept: dict[str, Tensor] = {}
-    grams = {layer.name: torch.zeros(layer.rows, layer.rows) for layer in block.linears if "output_gram" in extras}
+    grams = {layer.name: torch.zeros(layer.rows, layer.rows) for layer in block.linears if OUTPUT_GRAM in extras}
     powers = {layer.name: torch.zeros(layer.rows) for layer in block.linears}
 
     by_token: dict[str, list[Tensor]] = {}
@@ -185,7 +186,7 @@ def _backward(
 
         output.register_hook(add)
 
-    if {"output_gram", OUTPUT_POWER, TOKEN_WEIGHT} & set(extras):
+    if {OUTPUT_GRAM, OUTPUT_POWER, TOKEN_WEIGHT} & set(extras):
         block.observe = observe
     squares = [torch.zeros_like(w, requires_grad=False) for w in weights]
     sums = [torch.zeros_like(w, requires_grad=False) if "gradient_l1" in extras else None for w in weights]
@@ -216,6 +217,6 @@ def _backward(
             kept[f"{name}|{OUTPUT_POWER}"] = powers[name] / (len(inputs) * inputs.shape[1])
         if TOKEN_WEIGHT in extras:
             kept[f"{name}|{TOKEN_WEIGHT}"] = _weights_of_tokens(torch.cat(by_token.pop(name)), exponent)
-        if "output_gram" in extras:
-            kept[f"{name}|output_gram"] = mirrored(grams[name]) / (len(inputs) * inputs.shape[1])
+        if OUTPUT_GRAM in extras:
+            kept[f"{name}|{OUTPUT_GRAM}"] = mirrored(grams[name]) / (len(inputs) * inputs.shape[1])
     return before, kept

@@ -16,7 +16,7 @@ from ..core import RecipeError
 from ..export import LayerPlan, codec_named
 from ..models import Linear, Model
 from .folding import fold_problems
-from .gradients import gradient_tokens
+from .gradients import OUTPUT_GRAM, gradient_tokens, wanted_extras
 from .layers import named, wanted
 from .operating import operator_advice, operator_problems, operators_of
 from .recipe import TRAINED, Recipe, Step
@@ -270,6 +270,10 @@ def estimate(model: Model, recipe: Recipe, layers: list[Linear], tokens: int) ->
     if epochs:  # a second stream with its targets; latent weights, two moments, the best so far
         activations += 4 * tokens * 3 * hidden
         gram += 4 * 4 * largest
+    outputs = [0] * model.blocks  # bytes of the gradients' Gram matrices of each block, which wait on disk
+    if OUTPUT_GRAM in wanted_extras(recipe, model.has_head):
+        outputs = [4 * sum(la.rows**2 for la in block) for block in by_block]
+        gram += 4 * max(outputs)  # as read, stacked, and a factor
     memory = _PYTHON_AND_TORCH + max(4 * 3 * largest + activations + gram, 3 * 4 * outer)
     weights = sum(la.rows * la.columns for la in layers)
     bits = _bits_per_weight(recipe)
@@ -319,7 +323,7 @@ def estimate(model: Model, recipe: Recipe, layers: list[Linear], tokens: int) ->
     )
     return {
         "memory_bytes": float(memory),
-        "disk_bytes": float(size + folded + 4 * tokens * hidden * (2 if epochs else 1) + cached),
+        "disk_bytes": float(size + folded + 4 * tokens * hidden * (2 if epochs else 1) + cached + sum(outputs)),
         "size_bytes": float(size),
         "seconds": float(seconds),
     }

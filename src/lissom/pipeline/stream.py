@@ -40,7 +40,7 @@ from ..core import (
 )
 from ..kernels.columns import column_loop, entry_loop
 from ..models import Block, Linear, Model, Run
-from .gradients import OUTPUT_POWER, TOKEN_WEIGHT
+from .gradients import OUTPUT_GRAM, OUTPUT_POWER, TOKEN_WEIGHT
 from .layers import constraint_for, wanted
 from .recipe import Step
 from .waiting import Aside, aside
@@ -288,7 +288,7 @@ def stacked_extras(layers: list[Linear], extras: Mapping[str, Mapping[str, Tenso
     out: dict[str, Tensor] = {}
     for key in mine[0].keys() - {TOKEN_WEIGHT}:
         parts = [m[key] for m in mine]
-        out[key] = torch.block_diag(*parts) if key == "output_gram" else torch.cat(parts, dim=-min(2, parts[0].dim()))
+        out[key] = torch.block_diag(*parts) if key == OUTPUT_GRAM else torch.cat(parts, dim=-min(2, parts[0].dim()))
     return out
 
 
