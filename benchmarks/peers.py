@@ -94,7 +94,7 @@ def lissom_rows() -> dict[str, list[str]]:
         out[f"lissom sparsegpt {sparsity:.0%}"] = ["--recipe", "sparsegpt", "--set", value]
         whole = ["--set", "bits=16", "--set", "embedding_bits=16"]
         out[f"lissom aggressive {sparsity:.0%}"] = ["--recipe", "aggressive", "--set", value, *whole]
-    ordered = ["act_order=true", "range=mse"]
+    ordered, healed = ["act_order=true", "range=mse"], str(HERE / "recipes" / "gptq-healed.yaml")
     recipes: dict[str, tuple[str, list[str]]] = {
         "YAQA": ("int3", []),
         "YAQA, no tokens weighed": ("int3", ["token_fisher=0"]),
@@ -104,8 +104,9 @@ def lissom_rows() -> dict[str, list[str]]:
         "autoround": ("autoround", []),
         "autoround of 60 iterations, tokens weighed": ("autoround", ["iterations=60", "token_fisher=0.5"]),
         "GPTQ, tokens alike": ("gptq", ordered),
-        "GPTQ + reconstruct": ("int3-healed", ["epochs=2"]),
-        "GPTQ + reconstruct, 8 epochs": ("int3-healed", []),
+        "YAQA + reconstruct, 8 epochs": ("int3-healed", []),
+        "GPTQ + reconstruct": (healed, ["epochs=2"]),
+        "GPTQ + reconstruct, 8 epochs": (healed, []),
     }
     for bits in (3, 4):
         for symmetric, word in (("true", "sym"), ("false", "asym")):
