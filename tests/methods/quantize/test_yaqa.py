@@ -29,7 +29,7 @@ def lost(p: Problem, weight: torch.Tensor, config: YAQA) -> float:
 @pytest.mark.parametrize("masked", [False, True])
 def test_feedback_on_the_whole_kronecker_product(masked: bool) -> None:
     """One entry after the other, each fed by all before it with the factor of the (in · out) × (in · out) Hessian."""
-    n, m, group, config = 5, 12, 8, YAQA(damping=0.02, damping_out=0.3)
+    n, m, group, config = 5, 12, 8, YAQA(damping=0.02, damping_out=0.3, sweeps=1)
     keep = torch.rand(n, m, generator=torch.Generator().manual_seed(4)) < 0.6 if masked else None
     p = problem(n, m, Grid(3, group), keep)
     p = replace(p, extras={"output_gram": gram_of_outputs(n)})
@@ -55,19 +55,33 @@ def test_with_outputs_alike_it_is_gptq_in_activation_order() -> None:
     p = problem(24, 64, Grid(3, 32))
     whitened = replace(p, extras={"output_gram": 7 * torch.eye(24)})
     theirs = sweep(p, p.factor(0.01, True), static_groups=True).weight
-    assert torch.equal(yaqa(p, YAQA()).weight, theirs) and torch.equal(yaqa(whitened, YAQA()).weight, theirs)
+    for alike in (p, whitened):
+        assert torch.equal(yaqa(alike, YAQA(sweeps=1)).weight, theirs)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_the_loss_of_the_model_falls_and_the_error_of_the_layer_rises(bits: int) -> None:
     mine = gptq = 0.0
     for seed in range(4):
-        config = YAQA(damping_out=0.01)
+        config = YAQA(damping_out=0.01, sweeps=1)
         p = replace(problem(32, 64, Grid(bits, 32), seed=seed), extras={"output_gram": gram_of_outputs(32, seed)})
         solved, plain = yaqa(p, config), sweep(p, p.factor(0.01, True), static_groups=True)
         mine, gptq = mine + lost(p, solved.weight, config), gptq + lost(p, plain.weight, config)
         assert solved.error.sum() > plain.error.sum()
     assert mine < 0.9 * gptq
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_second_sweep_goes_by_scales_that_fit_the_codes_of_the_first(symmetric: bool) -> None:
+    errors = torch.zeros(3)
+    for seed in range(4):
+        p = problem(16, 48, Grid(3, 16, symmetric), seed=seed)
+        solved = [yaqa(p, YAQA(sweeps=n)) for n in (1, 2, 3)]
+        errors += torch.stack([s.error.sum() for s in solved])
+        codes = solved[1].codes
+        assert codes is not None and torch.equal(codes.scale, codes.scale.half().float())
+        assert codes.symmetric or not symmetric
+    assert errors[1] < errors[0] and errors[2] < errors[0]
 
 
 def test_layers_of_a_stack_are_solved_each_with_its_own_bits_and_outputs() -> None:

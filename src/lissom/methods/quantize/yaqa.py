@@ -13,39 +13,47 @@ iteration on the KL; no rotations and no trellis codes; G is damped by its whole
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ...core import Codes, Problem, Solved, side, two_sided
+from ...core import Codes, Problem, Solved, damped, side, two_sided
 from .common import finish, grids, start
+from .coordinate import refit
 
 
 @dataclass(frozen=True)
 class YAQA:
-    """``damping`` of A and ``damping_out`` of G, fractions of their mean diagonals."""
+    """``damping`` of A and ``damping_out`` of G, fractions of their mean diagonals; ``sweeps``: before each but the first, scales are
+    fitted to the codes by least squares."""
 
     damping: float = 0.01
     damping_out: float = 1.0
+    sweeps: int = 2
 
 
 def yaqa(problem: Problem, config: YAQA) -> Solved:
-    """One two-sided sweep for each layer of the stack; ``extras["output_gram"]`` is G, or absent."""
+    """Two-sided sweeps of each layer of the stack; ``extras["output_gram"]`` is G, or absent."""
     grids(problem, "yaqa")
     W, mask = start(problem)
     W = torch.where(problem.stats.sumsq == 0, 0.0, W)
     params, group = problem.constraint.fit_all(W), min(problem.constraint.group_size or W.shape[1], W.shape[1])
-    inputs = side(problem.stats.hessian, config.damping)
-    G = problem.extras.get("output_gram")
-    values: list[Tensor] = []
-    for rows, _ in problem.constraint.slices():
-        outputs = side(torch.eye(rows.stop - rows.start).to(W) if G is None else G[rows, rows], config.damping_out)
-        kept = None if mask is None else mask[rows]
-        values.append(two_sided(W[rows], inputs, outputs, params.rows(rows), group, kept, problem.entry_loop))
+    inputs, G = side(problem.stats.hessian, config.damping), problem.extras.get("output_gram")
+    places = [rows for rows, _ in problem.constraint.slices()]
+    sides = [side(torch.eye(r.stop - r.start).to(W) if G is None else G[r, r], config.damping_out) for r in places]
+    H, _ = damped(problem.stats.hessian, config.damping)
+    codes: Tensor | None = None
+    for _ in range(max(1, config.sweeps)):
+        if codes is not None:
+            params = replace(params, scale=refit(W, H, codes.float(), params, group))
+        codes = torch.cat(
+            [
+                two_sided(W[r], inputs, s, params.rows(r), group, None if mask is None else mask[r], problem.entry_loop)
+                for r, s in zip(places, sides, strict=True)
+            ]
+        )
+    assert codes is not None
     return finish(
-        problem,
-        Codes(torch.cat(values), params.scale, params.zero, params.bits, group),
-        mask=mask,
-        damping=config.damping,
+        problem, Codes(codes, params.scale, params.zero, params.bits, group), mask=mask, damping=config.damping
     )
