@@ -30,7 +30,7 @@ class YAQA:
 
     damping: float = 0.01
     damping_out: float = 1.0
-    sweeps: int = 2
+    sweeps: int = 3
 
 
 def yaqa(problem: Problem, config: YAQA) -> Solved:
