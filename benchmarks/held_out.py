@@ -132,16 +132,15 @@ TOKENS: dict[str, tuple[list[dict[str, Any]], float]] = {
     **{f"gptq in order, {THREE}, tokens^{e}": (ordered(THREE), e) for e in (0, 0.25, 0.5)},
     **{f"bits by layer, gptq in order, {THREE}, tokens^{e}": ([{"use": "bits"}, *ordered(THREE)], e) for e in (0, 0.5)},
     **{f"gptq in order, {FOUR}, tokens^{e}": (ordered(FOUR), e) for e in (0, 0.5)},
-    **{f"yaqa, {grid}, tokens^{e}": (for_the_loss(grid), e) for grid in GRIDS for e in (0, 0.5)},
+    **{f"yaqa, {grid}, tokens^{e}": (for_the_loss(grid), e) for grid in GRIDS for e in (0, 0.5, 0.75)},
     **{f"yaqa with damping_out {d}, {THREE}, tokens^0.5": (for_the_loss(THREE, damping_out=d), 0.5) for d in (0.1, 10)},
     f"yaqa in one sweep, {THREE}, tokens^0.5": (for_the_loss(THREE, sweeps=1), 0.5),
-    f"yaqa, {THREE}, ranges by their ends, tokens^0.5": (for_the_loss(THREE, range="ends"), 0.5),
     f"yaqa, {FOUR}, MSE ranges, tokens^0.5": (for_the_loss(FOUR, range="mse"), 0.5),
     "INT4 in ALPS's last sweep, tokens^0": (swept(), 0),
     "INT4 in ALPS's last sweep, ranges by MSE, tokens^0": (swept(range="mse"), 0),
     "INT4 by descent, tokens^0": (polished(128), 0),
     "INT4 by descent in groups of 64, tokens^0": (polished(64), 0),
-    "INT4 by YAQA, tokens^0": (polished(128, "yaqa", range="ends"), 0),
+    "INT4 by YAQA, tokens^0": (polished(128, "yaqa", range="mse"), 0),
     "INT4 by descent, 2 passes from full ranges, tokens^0": (shipped("aggressive"), 0),
 }
 # name → samples, their length, and the texts that take turns; all with BEST

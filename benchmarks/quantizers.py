@@ -36,7 +36,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "gptq": {"use": "gptq", **G3},
     "gptq, act order, MSE ranges": {"use": "gptq", **G3, "act_order": True, "range": "mse"},
     "gptq-descent": {"use": "gptq-descent", **G3},
-    "yaqa, ranges by their ends": {"use": "yaqa", **G3, "range": "ends"},
+    "yaqa, MSE ranges": {"use": "yaqa", **G3, "range": "mse"},
     "awq": {"use": "awq", **G3},
     "autoround, 60 iterations": {"use": "autoround", **G3, "iterations": 60},
     "omniquant, 30 steps": {"use": "omniquant", **G3, "steps": 30},

@@ -17,12 +17,10 @@ from torch import Tensor
 from .errors import NumericalError
 from .parts import Numbers, WeightCodes, ZeroPoints
 
-Range = Literal["minmax", "mse", "ends"]
+Range = Literal["minmax", "mse"]
 
 # GPTQ's search: shrink the range in steps of 1% down to 20%, error norm 2.4 (IST-DASLab/gptq quant.py).
 _MSE_STEPS, _MSE_MAX_SHRINK, _MSE_NORM = 100, 0.8, 2.4
-# Then each end on its own, by shares of its full length, twice in turn: the weights of a group are seldom symmetric.
-_ENDS_MOVES, _ENDS_ROUNDS = (-0.12, -0.09, -0.06, -0.04, -0.02, 0.02, 0.04, 0.06, 0.09, 0.12), 2
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,7 @@ class Grid:
 
     ``bits`` 2–8. ``group_size`` inputs share a scale, None = one scale for each output row.
     Symmetric: ``scale = max|w| / (2^(bits−1) − 1)``, zero point fixed at ``2^(bits−1)``.
-    Asymmetric: min-max with ``min ≤ 0 ≤ max`` forced, so that zero is exact (methods/02 §0.1). ``range``: "mse" shrinks both ends
-    together to the least error, "ends" then moves each on its own.
+    Asymmetric: min-max with ``min ≤ 0 ≤ max`` forced, so that zero is exact (methods/02 §0.1).
     """
 
     bits: int = 4
@@ -77,39 +74,22 @@ class Grid:
     def fit(self, w: Tensor) -> GridParams:
         """Parameters for ``w: (rows, columns)``, one group a row; returned tensors are (rows, 1)."""
         low, high = w.amin(1, keepdim=True).clamp_max(0), w.amax(1, keepdim=True).clamp_min(0)
-        best = self._params(low, high)
+        params = self._params(low, high)
         if self.range == "minmax":
-            return best
-        error, whole = self._error(best, w), torch.ones_like(low)
-        ends = [whole, whole]  # shares of the low end and of the high end
-
-        def consider(*shares: Tensor) -> None:
-            nonlocal best, error
-            trial = self._params(low * shares[0], high * shares[1])
-            loss = self._error(trial, w)
+            return params
+        best, error = params, (params.project(w) - w).abs().pow(_MSE_NORM).sum(1, keepdim=True)
+        for step in range(1, int(_MSE_MAX_SHRINK * _MSE_STEPS)):
+            shrink = 1 - step / _MSE_STEPS
+            trial = self._params(low * shrink, high * shrink)
+            loss = (trial.project(w) - w).abs().pow(_MSE_NORM).sum(1, keepdim=True)
             better = loss < error
             error = torch.where(better, loss, error)
-            ends[:] = [torch.where(better, new, old) for new, old in zip(shares, ends, strict=True)]
             best = replace(
                 best,
                 scale=torch.where(better, trial.scale, best.scale),
                 zero=torch.where(better, trial.zero, best.zero),
             )
-
-        for step in range(1, int(_MSE_MAX_SHRINK * _MSE_STEPS)):
-            consider(*2 * [whole * (1 - step / _MSE_STEPS)])
-        if self.range == "ends" and not self.symmetric:
-            for end in _ENDS_ROUNDS * (0, 1):
-                here = ends[end]
-                for move in _ENDS_MOVES:
-                    other = ends[1 - end]
-                    moved = (here + move).clamp(1 - _MSE_MAX_SHRINK, 1)
-                    consider(*((moved, other) if end == 0 else (other, moved)))
         return best
-
-    @staticmethod
-    def _error(params: GridParams, w: Tensor) -> Tensor:
-        return (params.project(w) - w).abs().pow(_MSE_NORM).sum(1, keepdim=True)
 
     def _params(self, low: Tensor, high: Tensor) -> GridParams:
         top = float(2**self.bits - 1)

@@ -36,7 +36,7 @@ class ConstraintSettings:
     bits: int = 16
     group_size: int = 128
     symmetric: bool = False
-    range: Literal["minmax", "mse", "ends"] = "minmax"
+    range: Literal["minmax", "mse"] = "minmax"
     only: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
 
