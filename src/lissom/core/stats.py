@@ -52,7 +52,8 @@ class Stats:
 
     Shapes: ``sum``, ``sumsq``, ``absmax``: (in,); ``gram``: (in, in) or None when no method needs it.
     ``gram`` is the plain sum ``Σ x xᵀ``; the layer Hessian of the papers is :attr:`hessian`. ``entropy`` (in,): see
-    :func:`histogram_entropy`; of a whole set of tokens only, so merging drops it.
+    :func:`histogram_entropy`; ``cross`` (in, in): ``Σ y xᵀ`` with what the layer reads in the dense model, y. Both are of a whole set
+    of tokens only, so merging drops them.
     """
 
     count: int
@@ -61,6 +62,7 @@ class Stats:
     absmax: Tensor
     gram: Tensor | None = None
     entropy: Tensor | None = None
+    cross: Tensor | None = None
 
     @classmethod
     def empty(
@@ -121,8 +123,11 @@ class Tally:
     ):
         self._sums = Stats.empty(width, gram, dtype, device)
 
-    def add(self, X: Tensor, weights: Tensor | None = None) -> None:
-        """Count the tokens of ``X: (…, in)``; ``weights`` (tokens,), of mean 1 over all that is counted, in every sum of them."""
+    def add(self, X: Tensor, weights: Tensor | None = None, dense: Tensor | None = None) -> None:
+        """Count the tokens of ``X: (…, in)``; ``weights`` (tokens,), of mean 1 over all that is counted, in every sum of them.
+
+        ``dense``: of X's shape, for ``cross``; of all batches or of none.
+        """
         s = self._sums
         X = X.reshape(-1, X.shape[-1]).to(s.sum.dtype)
         if not len(X):
@@ -135,6 +140,13 @@ class Tally:
         else:
             weights = weights.to(X)
             s.sum.addmv_(X.T, weights)
+        if dense is not None and s.gram is not None:
+            Y = dense.reshape(X.shape).to(X)
+            if s.cross is None:
+                s = replace(s, cross=torch.zeros_like(s.gram))
+            assert s.cross is not None
+            s.cross.addmm_((Y if weights is None else Y * weights[:, None]).T, X)
+        if weights is not None:
             X = X * weights.sqrt()[:, None]
         if s.gram is None:
             s.sumsq.add_(X.square().sum(0))

@@ -32,6 +32,7 @@ from .allocate import budgets_for, needs_held_out
 from .artefact import Artefact, LayerRecord, artefact_dtype, bytes_after, bytes_before
 from .blockwise import block_steps, dense_targets, work_on_block
 from .data import CalibrationSet, embed, load_calibration
+from .drift import DenseRuns, made_up
 from .folding import folded_model
 from .healing import heal, training_steps
 from .integer import compress_integer, integer_step, plan_integer
@@ -48,7 +49,7 @@ from .structured_targets import with_targets
 from .summary import peak_memory, versions
 from .trials import Budgets
 from .verify import verify
-from .waiting import Spill
+from .waiting import Aside, Spill, aside
 from .workdir import check_writable, dump_json, first_sample, hidden_files, keep_hidden, start
 
 Tick = Callable[[str, int, int], None]
@@ -307,7 +308,7 @@ def _blocks(
     if done is None:
         outer = artefact.outer()
         hidden = embed(model, data.ids, outer)
-        dense = embed(model, data.ids) if healing else []
+        dense = embed(model, data.ids) if healing or made.recipe.calibration.drift else []
         del outer
         model.release()
         done = 0
@@ -320,7 +321,7 @@ def _blocks(
         block = model.load_block(i)
         here, hidden, dense = _solve_block(
             block, artefact, steps, extras(i), healing, hidden, dense, budgets, waiting, note,
-            calibrator(made.recipe), data,
+            calibrator(made.recipe), data, made.recipe.calibration.drift,
         )  # fmt: skip
         artefact.block(i, block)
         dump_json(work / f"records-{i:05d}.json", [asdict(r) for r in here])
@@ -342,18 +343,21 @@ def _solve_block(
     hidden: list[Tensor],
     dense: list[Tensor],
     budgets: Budgets,
-    waiting: Spill | None,
+    waiting: Aside | None,
     note: Note | None,
     calibrate: Callable[[Tensor, Tensor], float] | None = None,
     data: CalibrationSet | None = None,
+    drift: float = 0.0,
 ) -> tuple[list[LayerRecord], list[Tensor], list[Tensor]]:
     """Solve and encode one block; returns its layers' records and what it gives to the next block, in both streams.
 
-    ``dense``: hidden states of the dense model, only there when steps work on whole blocks (``healing``).
+    ``dense``: hidden states of the dense model, only there when steps work on whole blocks (``healing``) or ``drift`` is made up for.
     """
     gram = any("gram" in s.method.needs for s, _ in steps)
     asked = max((getattr(s.config, "damping", 0.0) for s, _ in steps), default=0.0)
-    targets = dense_targets(block, dense)
+    waiting = waiting or aside(block, [*hidden, *dense])
+    beside = DenseRuns(block, dense, waiting, len(hidden)) if drift else None
+    targets = dense_targets(block, dense) if healing and not beside else []
     inputs = list(hidden) if healing else []
     artefact.settle(block)
     solved: list[LayerResult] = []
@@ -368,7 +372,8 @@ def _solve_block(
             records[layer.name] = record
 
     def solve(stage: tuple[Linear, ...], stats: Stats) -> None:
-        results = solve_stage(stage, {layer.name: block.weight(layer.name) for layer in stage}, stats, steps, extras)
+        weights = made_up({layer.name: block.weight(layer.name) for layer in stage}, stats, drift)
+        results = solve_stage(stage, weights, stats, steps, extras)
         solved.extend(results)
         keep(stage, results)
         for layer in stage:
@@ -378,7 +383,10 @@ def _solve_block(
 
     watch, at_once = (data.watch, data.at_once) if data else (None, False)
     bins = histogram_bins([s for s, _ in steps])
-    hidden = stream_block(block, hidden, solve, gram, waiting, watch, calibrate, bins, at_once, extras)
+    gram |= beside is not None
+    hidden = stream_block(block, hidden, solve, gram, waiting, watch, calibrate, bins, at_once, extras, beside)
+    if beside:
+        targets = beside.outputs()
     if healing:
         healed = work_on_block(block, solved, inputs, dense, targets, healing)
         keep([r.layer for r in healed], healed)

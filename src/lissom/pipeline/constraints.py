@@ -117,6 +117,8 @@ def textless_problems(recipe: Recipe) -> Iterator[str]:
             yield f"{step.name}: spread auto is measured on held-out text, and data is none; give a number"
     if recipe.calibration.token_fisher:
         yield "calibration: token_fisher weighs tokens of a text, and data is none"
+    if recipe.calibration.drift:
+        yield "calibration: drift is measured on text, and data is none"
     if recipe.target:
         yield "target: sizes and losses are measured on text, and data is none"
 

@@ -24,7 +24,8 @@ NONE = "none"  # of calibration text
 class Calibration:
     """``data`` a name or file, or "none": no text, inputs are taken as white; ``samples`` × ``length`` tokens; ``allocation_samples`` for the pass of an
     allocation (None: a quarter, at least 8); ``statistics`` of a layer's inputs after all ``stage``s before it were
-    compressed, or once per ``block``, before any of its layers; ``token_fisher``: exponent of g · g, g the loss's gradient, as a token counts."""
+    compressed, or once per ``block``, before any of its layers; ``token_fisher``: exponent of g · g, g the loss's gradient, as a token counts;
+    ``drift``: 0 … 1, the share of what a layer's inputs have lost that its weights make up for (:mod:`.drift`)."""
 
     data: str = "builtin"
     samples: int = 128
@@ -33,6 +34,7 @@ class Calibration:
     allocation_samples: int | None = None
     statistics: Literal["stage", "block"] = "stage"
     token_fisher: float = 0.0
+    drift: float = 0.0
 
 
 SECTIONS = {

@@ -40,6 +40,7 @@ from ..core import (
 )
 from ..kernels.columns import column_loop, entry_loop
 from ..models import Block, Linear, Model, Run
+from .drift import DenseRuns
 from .gradients import OUTPUT_GRAM, OUTPUT_POWER, TOKEN_WEIGHT
 from .layers import constraint_for, wanted
 from .recipe import Step
@@ -75,6 +76,7 @@ def stream_block(
     bins: int = 0,
     at_once: bool = False,
     extras: Mapping[str, Mapping[str, Tensor]] | None = None,
+    dense: DenseRuns | None = None,
 ) -> list[Tensor]:
     """Outputs of the block for every batch; ``visit`` is called once a stage, and may set weights.
 
@@ -87,12 +89,13 @@ def stream_block(
     statistics and products see the rounded inputs. ``at_once``: all stages' statistics are of the block as it was loaded,
     and taken before any is visited; costs a second forward.
     ``bins``: of the inputs' histograms, whose entropy the statistics then have. ``extras``: of the block's layers, with what tokens
-    count in the statistics, where that was gathered.
+    count in the statistics, where that was gathered. ``dense``: what the watched batches are in the dense model; statistics then have
+    ``cross``.
     """
     if at_once:
         gathered: list[tuple[tuple[Linear, ...], Stats]] = []
         look = lambda *stage: gathered.append(stage)  # noqa: E731
-        stream_block(block, list(hidden), look, gram, spill, watch, calibrate, bins, extras=extras)
+        stream_block(block, list(hidden), look, gram, spill, watch, calibrate, bins, extras=extras, dense=dense)
         for stage in gathered:
             visit(*stage)
         for i in range(len(hidden)):
@@ -126,9 +129,10 @@ def stream_block(
             if watch is None or i < watch:
                 x = run.input()
                 tokens = x.shape[0] * x.shape[1]
-                tally.add(x, None if weights is None else weights[at : at + tokens])
+                y = None if dense is None else dense.input(i, number)
+                tally.add(x, None if weights is None else weights[at : at + tokens], y)
                 at += tokens
-                del x
+                del x, y
             if spill:
                 spill.put(i, run.state)
         stats = tally.stats()
