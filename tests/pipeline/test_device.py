@@ -69,6 +69,7 @@ CHAINS = {
     "static cache": [{"use": "kv-cache", "bits": 4, "static": True}],
     "reconstruct": [PRUNE, {"use": "reconstruct", "epochs": 1}],
     "heal": [PRUNE, {"use": "heal"} | TRAIN],
+    "drift": {"steps": [{"use": "gptq", "bits": 4, "group_size": 16}], "calibration": {"drift": 0.5}},
     "healed codes": {
         "steps": [{"use": "gptq", "bits": 4, "group_size": 16}, {"use": "heal"} | TRAIN],
         "save": {"format": "packed"},

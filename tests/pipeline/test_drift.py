@@ -9,8 +9,11 @@ from lissom.evaluate import evaluate
 from lissom.export import open_model
 from lissom.models import Model
 from lissom.pipeline import compress, read
+from lissom.pipeline.data import load_calibration
 from lissom.pipeline.drift import DenseRuns, made_up
+from lissom.pipeline.planning import make_plan
 from lissom.pipeline.stream import stream_block
+from lissom.pipeline.trials import trial
 
 SMALL = ["calibration.samples=24", "calibration.length=48", "format=packed"]
 STEPS = [{"use": "gptq", "bits": 2, "group_size": 16, "act_order": True}]
@@ -118,10 +121,31 @@ def test_spilled_killed_and_resumed_the_bytes_are_the_same(trained, whole, tmp_p
     assert [r["relative_error"] for r in again["layers"]] == [r["relative_error"] for r in manifest["layers"]]
 
 
+def test_a_trial_in_memory_gives_what_the_run_gives(trained, whole):
+    model = Model(open_model(trained))
+    recipe = read(STEPS, [*SMALL, "drift=0.5"])
+    data = load_calibration(model.checkpoint.tokenizer(), recipe.calibration, 512)
+    weights = {}
+
+    def visit(result):
+        weights[result.layer.name] = result.solved.weight
+
+    trial(model, [(recipe.steps[0], None)], data, visit=visit, drift=0.5)
+    made = Model(open_model(whole[0])).load_block(1)
+    for layer in made.linears:
+        assert torch.equal(made.weight(layer.name), weights[layer.name]), layer.name
+
+
 def test_with_steps_on_whole_blocks_both_share_the_dense_stream(trained, tmp_path):
     steps = [*STEPS, {"use": "reconstruct", "epochs": 1}]
     made = compress(trained, tmp_path / "out", steps, overrides=[*SMALL, "drift=1"])
     assert all(row["healed"]["after"] <= row["healed"]["before"] for row in made["layers"])
+
+
+def test_the_plan_counts_the_second_stream(trained):
+    model = Model(open_model(trained))
+    alone, both = (make_plan(model, read(STEPS, [*SMALL, f"drift={d}"])).estimates for d in (0, 0.5))
+    assert both["memory_bytes"] > alone["memory_bytes"] and both["disk_bytes"] > alone["disk_bytes"]
 
 
 @pytest.mark.parametrize(

@@ -270,6 +270,10 @@ def estimate(model: Model, recipe: Recipe, layers: list[Linear], tokens: int) ->
     if epochs:  # a second stream with its targets; latent weights, two moments, the best so far
         activations += 4 * tokens * 3 * hidden
         gram += 4 * 4 * largest
+    drift = bool(recipe.calibration.drift)
+    if drift:  # a second stream, and what both give together
+        activations += 4 * tokens * (2 * hidden + widest)
+        gram += 2 * 4 * widest * widest
     outputs = [0] * model.blocks  # bytes of the gradients' Gram matrices of each block, which wait on disk
     if OUTPUT_GRAM in wanted_extras(recipe, model.has_head):
         outputs = [4 * sum(la.rows**2 for la in block) for block in by_block]
@@ -282,6 +286,8 @@ def estimate(model: Model, recipe: Recipe, layers: list[Linear], tokens: int) ->
     size = weights * bits / 8 + rest * outer_bits / 8
     needs_gram = any("gram" in s.method.needs for s in recipe.steps)
     per_token = weights + (0.62 * sum(la.columns**2 for la in _inputs(layers)) if needs_gram else 0)
+    if drift:
+        per_token += weights + sum(la.columns**2 for la in _inputs(layers))
     shots = max((s.constraint.shots for s in recipe.steps), default=1)
     share = float(shots)
     if any(s.method.kind == "allocation" and s.method.needs for s in recipe.steps):
@@ -323,7 +329,9 @@ def estimate(model: Model, recipe: Recipe, layers: list[Linear], tokens: int) ->
     )
     return {
         "memory_bytes": float(memory),
-        "disk_bytes": float(size + folded + 4 * tokens * hidden * (2 if epochs else 1) + cached + sum(outputs)),
+        "disk_bytes": float(
+            size + folded + 4 * tokens * hidden * (2 if epochs or drift else 1) + cached + sum(outputs)
+        ),
         "size_bytes": float(size),
         "seconds": float(seconds),
     }

@@ -40,7 +40,7 @@ from ..core import (
 )
 from ..kernels.columns import column_loop, entry_loop
 from ..models import Block, Linear, Model, Run
-from .drift import DenseRuns
+from .drift import DenseRuns, made_up
 from .gradients import OUTPUT_GRAM, OUTPUT_POWER, TOKEN_WEIGHT
 from .layers import constraint_for, wanted
 from .recipe import Step
@@ -332,23 +332,30 @@ def solve_blocks(
     visit: Callable[[LayerResult], None] | None = None,
     keep: Callable[[int, Block], None] | None = None,
     tick: Callable[[int, int], None] | None = None,
+    drift: float = 0.0,
 ) -> list[Tensor]:
-    """All blocks in turn, solved in memory; hidden states after the last. ``watch``, ``at_once``: as of :func:`stream_block`.
+    """All blocks in turn, solved in memory; hidden states after the last. ``watch``, ``at_once``: as of :func:`stream_block`;
+    ``drift``: as of the calibration.
 
     ``visit`` sees every solved layer, ``keep`` every solved block with its number.
     """
     gram, bins = any("gram" in s.method.needs for s, _ in steps), histogram_bins([s for s, _ in steps])
+    dense = [h.clone() for h in hidden[:watch]] if drift else []
     for i in range(model.blocks):
         block, mine = model.load_block(i), extras(i) if extras else None
+        beside = DenseRuns(block, dense, aside(block, hidden + dense), len(hidden)) if drift else None
 
         def solve(stage: tuple[Linear, ...], stats: Stats, block: Block = block, mine: Any = mine) -> None:
-            weights = {layer.name: block.weight(layer.name) for layer in stage}
+            weights = made_up({layer.name: block.weight(layer.name) for layer in stage}, stats, drift)
             for result in solve_stage(stage, weights, stats, steps, mine):
                 block.set_weight(result.layer.name, result.solved.weight)
                 if visit:
                     visit(result)
 
-        hidden = stream_block(block, hidden, solve, gram, watch=watch, bins=bins, at_once=at_once, extras=mine)
+        hidden = stream_block(
+            block, hidden, solve, gram or drift > 0, watch=watch, bins=bins, at_once=at_once, extras=mine, dense=beside
+        )
+        dense = beside.outputs() if beside else []
         if keep:
             keep(i, block)
         if tick:

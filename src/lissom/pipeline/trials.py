@@ -42,7 +42,7 @@ def trial_loss(
 ) -> float:
     """Mean next-token loss (nats) on the held-out windows of a model compressed under ``budgets``; nothing is written."""
     few = replace(data, ids=data.ids[: allocation_samples(plan.recipe)])
-    return chain_loss(model, chain_of(plan, budgets), few, tick, label, extras)
+    return chain_loss(model, chain_of(plan, budgets), few, tick, label, extras, plan.recipe.calibration.drift)
 
 
 def chain_loss(
@@ -52,9 +52,10 @@ def chain_loss(
     tick: Tick | None = None,
     label: str = "trial",
     extras: Extras | None = None,
+    drift: float = 0.0,
 ) -> float:
     """The same of any chain of steps, with all samples of ``data``."""
-    final = trial(model, chain, data, tick, label, extras=extras)
+    final = trial(model, chain, data, tick, label, extras=extras, drift=drift)
     losses = [token_losses(model, h[None], row).mean() for h, row in zip(final, data.held_out, strict=True)]
     return float(torch.stack(losses).mean())
 
@@ -69,6 +70,7 @@ def trial(
     outer: Mapping[str, Tensor] | None = None,
     visit: Callable[[LayerResult], None] | None = None,
     extras: Extras | None = None,
+    drift: float = 0.0,
 ) -> Tensor:
     """Hidden states of the held-out windows after the last compressed block, (windows, tokens, width).
 
@@ -85,6 +87,7 @@ def trial(
         watch=watch,
         at_once=data.at_once,
         visit=visit,
+        drift=drift,
         tick=(lambda done, total: tick(label, done, total)) if tick else None,
     )
     return torch.cat(hidden[watch:])
