@@ -143,6 +143,15 @@ TOKENS: dict[str, tuple[list[dict[str, Any]], float]] = {
     "INT4 by YAQA, tokens^0": (polished(128, "yaqa", range="mse"), 0),
     "INT4 by descent, 2 passes from full ranges, tokens^0": (shipped("aggressive"), 0),
 }
+# the same and a share of what the inputs have lost that is made up for
+RECORD = [CLUSTERS, alps(sparsity=0.7, row_fisher=0.5)]
+DRIFT: dict[str, tuple[list[dict[str, Any]], float, float]] = {
+    **{
+        f"yaqa, {grid}, tokens^0.75, drift {d}": (for_the_loss(grid), 0.75, d) for grid in GRIDS for d in (0.25, 0.5, 1)
+    },
+    **{f"70% sparsegpt, drift {d}": ([PRUNED], 0, d) for d in (0.25, 0.5, 1)},
+    **{f"70% clusters, alps, rows by Fisher^0.5, drift {d}": (RECORD, 0, d) for d in (0.25, 0.5)},
+}
 # name → samples, their length, and the texts that take turns; all with BEST
 TEXTS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "32 x 128": (32, 128, ("valid",)),
@@ -180,14 +189,18 @@ def pool(source: str, name: str, tokenizer: Any, vocabulary: int, tokens: int) -
 
 
 def measure(
-    source: str, steps: list[dict[str, Any]], text: tuple[int, int, tuple[str, ...]] | None, token_fisher: float = 0
+    source: str,
+    steps: list[dict[str, Any]],
+    text: tuple[int, int, tuple[str, ...]] | None,
+    token_fisher: float = 0,
+    drift: float = 0,
 ) -> dict[str, Any]:
     checkpoint, device = open_model(source), device_named("auto")
     model = Model(checkpoint, device=device)
     count, length, names = text or (8, 512, ("valid",))
     recipe = read(
         {"steps": steps, "calibration": {"data": str(DATA / "valid.txt")}},
-        ["samples=8", "length=512", f"allocation_samples={count}", f"token_fisher={token_fisher}"],
+        ["samples=8", "length=512", f"allocation_samples={count}", f"token_fisher={token_fisher}", f"drift={drift}"],
     )
     tokenizer, vocabulary = checkpoint.tokenizer(), model.config.vocab_size
     data = load_calibration(tokenizer, recipe.calibration, vocabulary, 8)
@@ -222,6 +235,7 @@ def render(found: dict[str, dict[str, Any]]) -> str:
     steps = [n for n in ROWS if n.startswith("70%")]
     lines = table("steps", steps)
     lines += table("tokens weighed by the gradient", list(TOKENS))
+    lines += table("drift made up for", list(DRIFT))
     lines += table("calibration of clusters + alps at 70%", ["70% clusters, alps", *TEXTS])
     lines += table("N of 16", [n for n in ROWS if n not in steps])
     return "\n".join(lines)
@@ -239,6 +253,7 @@ def main() -> None:
     found = {row["name"]: row for row in map(json.loads, lines)}
     rows: dict[str, tuple[Any, ...]] = {name: (steps, None) for name, steps in ROWS.items()}
     rows |= {name: (steps, None, e) for name, (steps, e) in TOKENS.items()}
+    rows |= {name: (steps, None, e, d) for name, (steps, e, d) in DRIFT.items()}
     rows |= {name: (BEST, text) for name, text in TEXTS.items()}
     waiting = [n for n in shared(list(rows), options.share) if n not in found and re.search(options.only, n)]
     if options.list:
