@@ -94,19 +94,18 @@ def lissom_rows() -> dict[str, list[str]]:
         out[f"lissom sparsegpt {sparsity:.0%}"] = ["--recipe", "sparsegpt", "--set", value]
         whole = ["--set", "bits=16", "--set", "embedding_bits=16"]
         out[f"lissom aggressive {sparsity:.0%}"] = ["--recipe", "aggressive", "--set", value, *whole]
-    ordered, healed = ["act_order=true", "range=mse"], str(HERE / "recipes" / "gptq-healed.yaml")
+    ordered = ["act_order=true", "range=mse"]
     recipes: dict[str, tuple[str, list[str]]] = {
         "YAQA": ("int3", []),
-        "YAQA, no tokens weighed": ("int3", ["token_fisher=0"]),
+        "YAQA, no drift made up for": ("int3", ["drift=0"]),
         "GPTQ": ("gptq", [*ordered, "token_fisher=0.5"]),
         "descent": ("gptq-descent", []),
         "descent, tokens weighed": ("gptq-descent", ["token_fisher=0.5"]),
         "autoround": ("autoround", []),
         "autoround of 60 iterations, tokens weighed": ("autoround", ["iterations=60", "token_fisher=0.5"]),
         "GPTQ, tokens alike": ("gptq", ordered),
-        "YAQA + reconstruct, 8 epochs": ("int3-healed", []),
-        "GPTQ + reconstruct": (healed, ["epochs=2"]),
-        "GPTQ + reconstruct, 8 epochs": (healed, []),
+        "GPTQ + reconstruct": ("int3-healed", ["epochs=2"]),
+        "GPTQ + reconstruct, 8 epochs": ("int3-healed", []),
     }
     for bits in (3, 4):
         for symmetric, word in (("true", "sym"), ("false", "asym")):
