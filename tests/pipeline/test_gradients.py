@@ -63,7 +63,7 @@ def test_methods_that_need_gradients_run_from_a_recipe(method, tmp_path):
 def test_rounding_for_the_loss_through_a_whole_run(trained, tmp_path):
     """Other codes than with outputs alike, a loss nearer to the dense one; the same with the output Gram matrices as white as can be."""
     overrides = ["calibration.samples=8", "calibration.length=48", "format=packed"]
-    step, weights = {"use": "yaqa", "bits": 2, "group_size": 16}, {}
+    step, weights = {"use": "yaqa", "bits": 2, "group_size": 16, "sweeps": 1}, {}
     for name, damping in (("yaqa", 1.0), ("white", 1e9)):
         compress(trained, tmp_path / name, [{**step, "damping_out": damping}], overrides=overrides)
         weights[name] = Model(open_model(tmp_path / name)).load_block(1).weight("model.layers.1.mlp.up_proj")
@@ -78,12 +78,24 @@ def test_the_plan_counts_what_waits_on_disk(trained, tmp_path):
     sizes = {}
     for name in ("gptq", "yaqa"):
         sizes[name] = make_plan(model, read([{"use": name, "bits": 4, "group_size": 16}], overrides)).estimates
-    gather(model, torch.zeros(2, 8, dtype=torch.long), tmp_path, ["output_gram"])
+    gather(model, torch.zeros(2, 8, dtype=torch.long), tmp_path, ["output_blocks"])
     waiting = sum(
         t.numel() * 4 for i in range(model.blocks) for e in block_extras(tmp_path, i).values() for t in e.values()
     )
     assert sizes["yaqa"]["disk_bytes"] - sizes["gptq"]["disk_bytes"] == waiting > 0
     assert sizes["yaqa"]["memory_bytes"] > sizes["gptq"]["memory_bytes"]
+
+
+def test_outputs_of_wide_layers_are_gathered_in_blocks(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("lissom.pipeline.gradients.BLOCK", 24)
+    model = Model(open_model(trained))
+    gather(model, torch.arange(32).reshape(2, 16), tmp_path, ["output_gram", "output_blocks"])
+    for layer in model.linears(0):
+        extras = block_extras(tmp_path, 0)[layer.name]
+        assert extras["output_blocks"].shape == (layer.rows, min(24, layer.rows)) and layer.rows > 24
+        for at in range(0, layer.rows, 24):
+            whole = extras["output_gram"][at : at + 24, at : at + 24]
+            torch.testing.assert_close(extras["output_blocks"][at : at + 24, : len(whole)], whole)
 
 
 def test_rounding_for_the_loss_where_there_is_none_takes_outputs_alike(random_checkpoint, tmp_path):

@@ -54,7 +54,8 @@ class Problem:
     the step before in the recipe (its mask and weights), or None. ``names``: one per layer of the stack.
     ``extras``: what few methods need besides, stacked by rows like the weights: ``gradient`` (out, in), the norm over
     samples of each weight's gradient of the loss; ``fisher`` (out, in), its mean square; ``samples`` (count, out, in),
-    the gradients themselves; ``output_gram`` (out, out), E[g gᵀ] of the gradients g at the outputs;
+    the gradients themselves; ``output_gram`` (out, out), E[g gᵀ] of the gradients g at the outputs; ``output_blocks`` (out, block),
+    the same within blocks of so many outputs of a layer;
     ``gradient_l1`` (out, in), the sum over samples of the gradient's magnitudes; ``sample`` (tokens, in) of the inputs; ``owner``
     (in,), inputs whose factors must be equal have equal numbers.
     ``loop``: the innermost loop of :func:`.sweep`; ``entry_loop``: of :func:`.two_sided`.

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..core import HOST, RecipeError, add_gram, mirrored, moved, on
 from ..models import Block, Model
@@ -24,6 +25,8 @@ from .recipe import Recipe
 
 Tick = Callable[[str, int, int], None]
 OUTPUT_GRAM = "output_gram"  # (out, out), E[g gᵀ] of the gradients g at a layer's outputs
+OUTPUT_BLOCKS = "output_blocks"  # (out, block), the same within blocks of neighbouring outputs
+BLOCK = 2048  # outputs at most: 8 KiB an output on disk, where a wide layer's whole matrix would be a gigabyte
 # method → what it reads from ``Problem.extras``, or of a ``UnitProblem``
 WANTED = {
     "gblm": ("gradient", "gradient_l1"),
@@ -33,7 +36,7 @@ WANTED = {
     "llm-pruner": ("samples",),
     "head-importance": ("samples",),
     "surgeon-units": (OUTPUT_GRAM,),
-    "yaqa": (OUTPUT_GRAM,),
+    "yaqa": (OUTPUT_BLOCKS,),
 }
 _DO_WITHOUT = {"yaqa"}  # run on a model without a head too
 _OF_WEIGHTS = {"gradient", "gradient_l1", "fisher", "samples"}
@@ -169,7 +172,12 @@ def _backward(
     differentiated = names if _OF_WEIGHTS & set(extras) else []  # outputs alone cost a third less
     weights = [block.weight(name).requires_grad_() for name in differentiated]
     kept: dict[str, Tensor] = {}
-    grams = {layer.name: torch.zeros(layer.rows, layer.rows) for layer in block.linears if OUTPUT_GRAM in extras}
+    grams = {
+        (layer.name, extra): [torch.zeros(len(at), len(at)) for at in _cut(layer.rows, extra)]
+        for layer in block.linears
+        for extra in (OUTPUT_GRAM, OUTPUT_BLOCKS)
+        if extra in extras
+    }
     powers = {layer.name: torch.zeros(layer.rows) for layer in block.linears}
 
     by_token: dict[str, list[Tensor]] = {}
@@ -181,12 +189,13 @@ def _backward(
             powers[name] += squares.sum(0)
             if TOKEN_WEIGHT in extras:
                 by_token.setdefault(name, []).append(squares.sum(1))
-            if name in grams:
-                add_gram(grams[name], flat)
+            for extra in (OUTPUT_GRAM, OUTPUT_BLOCKS):
+                for gram, at in zip(grams.get((name, extra), ()), _cut(flat.shape[1], extra), strict=False):
+                    add_gram(gram, flat[:, at.start : at.stop])
 
         output.register_hook(add)
 
-    if {OUTPUT_GRAM, OUTPUT_POWER, TOKEN_WEIGHT} & set(extras):
+    if {OUTPUT_GRAM, OUTPUT_BLOCKS, OUTPUT_POWER, TOKEN_WEIGHT} & set(extras):
         block.observe = observe
     squares = [torch.zeros_like(w, requires_grad=False) for w in weights]
     sums = [torch.zeros_like(w, requires_grad=False) if "gradient_l1" in extras else None for w in weights]
@@ -217,6 +226,18 @@ def _backward(
             kept[f"{name}|{OUTPUT_POWER}"] = powers[name] / (len(inputs) * inputs.shape[1])
         if TOKEN_WEIGHT in extras:
             kept[f"{name}|{TOKEN_WEIGHT}"] = _weights_of_tokens(torch.cat(by_token.pop(name)), exponent)
-        if OUTPUT_GRAM in extras:
-            kept[f"{name}|{OUTPUT_GRAM}"] = mirrored(grams[name]) / (len(inputs) * inputs.shape[1])
+    for (name, extra), parts in grams.items():
+        whole = torch.cat([pad(mirrored(g), (0, len(parts[0]) - len(g))) for g in parts])
+        kept[f"{name}|{extra}"] = whole / (len(inputs) * inputs.shape[1])
     return before, kept
+
+
+def _cut(rows: int, extra: str) -> list[range]:
+    """The outputs whose Gram matrices are gathered together."""
+    width = BLOCK if extra == OUTPUT_BLOCKS else rows
+    return [range(at, min(at + width, rows)) for at in range(0, rows, width)]
+
+
+def gram_numbers(rows: int, extras: Collection[str]) -> int:
+    """How many numbers of the gradients' Gram matrices a layer of so many outputs keeps."""
+    return (rows**2 if OUTPUT_GRAM in extras else 0) + (rows * min(rows, BLOCK) if OUTPUT_BLOCKS in extras else 0)

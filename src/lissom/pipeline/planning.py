@@ -16,7 +16,7 @@ from ..core import RecipeError
 from ..export import LayerPlan, codec_named
 from ..models import Linear, Model
 from .folding import fold_problems
-from .gradients import OUTPUT_GRAM, gradient_tokens, wanted_extras
+from .gradients import gradient_tokens, gram_numbers, wanted_extras
 from .layers import named, wanted
 from .operating import operator_advice, operator_problems, operators_of
 from .recipe import TRAINED, Recipe, Step
@@ -274,10 +274,11 @@ def estimate(model: Model, recipe: Recipe, layers: list[Linear], tokens: int) ->
     if drift:  # a second stream, and what both give together
         activations += 4 * tokens * (2 * hidden + widest)
         gram += 2 * 4 * widest * widest
-    outputs = [0] * model.blocks  # bytes of the gradients' Gram matrices of each block, which wait on disk
-    if OUTPUT_GRAM in wanted_extras(recipe, model.has_head):
-        outputs = [4 * sum(la.rows**2 for la in block) for block in by_block]
-        gram += 4 * max(outputs)  # as read, stacked, and a factor
+    extras = wanted_extras(
+        recipe, model.has_head
+    )  # bytes of the gradients' Gram matrices of each block, which wait on disk
+    outputs = [4 * sum(gram_numbers(la.rows, extras) for la in block) for block in by_block]
+    gram += 4 * max(outputs, default=0)  # as read, stacked, and a factor
     memory = _PYTHON_AND_TORCH + max(4 * 3 * largest + activations + gram, 3 * 4 * outer)
     weights = sum(la.rows * la.columns for la in layers)
     bits = _bits_per_weight(recipe)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..core import (
     HOST,
@@ -41,7 +42,7 @@ from ..core import (
 from ..kernels.columns import column_loop, entry_loop
 from ..models import Block, Linear, Model, Run
 from .drift import DenseRuns, made_up
-from .gradients import OUTPUT_GRAM, OUTPUT_POWER, TOKEN_WEIGHT
+from .gradients import OUTPUT_BLOCKS, OUTPUT_GRAM, OUTPUT_POWER, TOKEN_WEIGHT
 from .layers import constraint_for, wanted
 from .recipe import Step
 from .waiting import Aside, aside
@@ -292,6 +293,9 @@ def stacked_extras(layers: list[Linear], extras: Mapping[str, Mapping[str, Tenso
     out: dict[str, Tensor] = {}
     for key in mine[0].keys() - {TOKEN_WEIGHT}:
         parts = [m[key] for m in mine]
+        if key == OUTPUT_BLOCKS:
+            widest = max(p.shape[1] for p in parts)
+            parts = [pad(p, (0, widest - p.shape[1])) for p in parts]
         out[key] = torch.block_diag(*parts) if key == OUTPUT_GRAM else torch.cat(parts, dim=-min(2, parts[0].dim()))
     return out
 

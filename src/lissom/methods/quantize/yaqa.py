@@ -8,7 +8,7 @@ activation order.
 
 A model without a head has no loss: its outputs count alike. Source: Tseng, Sun, De Sa 2025 (arXiv 2505.22988), eq. for the two-sided
 LDLQ in §3; from memory of the paper. Differs: G is the empirical Fisher of the next token on the calibration text in place of a power
-iteration on the KL; no rotations and no trellis codes; G is damped by its whole mean diagonal (chosen on held-out text).
+iteration on the KL, within blocks of 2048 outputs; no rotations and no trellis codes; G is damped by its whole mean diagonal (chosen on held-out text).
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from ...core import Codes, Problem, Solved, damped, side, two_sided
 from .common import finish, grids, start
 from .coordinate import refit
 
+_ALIKE = 64  # outputs that are rounded together where they do not know of each other
+
 
 @dataclass(frozen=True)
 class YAQA:
@@ -34,14 +36,22 @@ class YAQA:
 
 
 def yaqa(problem: Problem, config: YAQA) -> Solved:
-    """Two-sided sweeps of each layer of the stack; ``extras["output_gram"]`` is G, or absent."""
+    """Two-sided sweeps of each layer of the stack; ``extras["output_blocks"]`` is G, or absent."""
     grids(problem, "yaqa")
     W, mask = start(problem)
     W = torch.where(problem.stats.sumsq == 0, 0.0, W)
     params, group = problem.constraint.fit_all(W), min(problem.constraint.group_size or W.shape[1], W.shape[1])
-    inputs, G = side(problem.stats.hessian, config.damping), problem.extras.get("output_gram")
-    places = [rows for rows, _ in problem.constraint.slices()]
-    sides = [side(torch.eye(r.stop - r.start).to(W) if G is None else G[r, r], config.damping_out) for r in places]
+    inputs, G = side(problem.stats.hessian, config.damping), problem.extras.get("output_blocks")
+    block = _ALIKE if G is None else G.shape[1]
+    places = [
+        slice(at, min(at + block, rows.stop))
+        for rows, _ in problem.constraint.slices()
+        for at in range(rows.start, rows.stop, block)
+    ]
+    sides = [
+        side(torch.eye(r.stop - r.start).to(W) if G is None else G[r, : r.stop - r.start], config.damping_out)
+        for r in places
+    ]
     H, _ = damped(problem.stats.hessian, config.damping)
     codes: Tensor | None = None
     for _ in range(max(1, config.sweeps)):
