@@ -353,7 +353,7 @@ def _solve_block(
 
     ``dense``: hidden states of the dense model, only there when steps work on whole blocks (``healing``) or ``drift`` is made up for.
     """
-    gram = any("gram" in s.method.needs for s, _ in steps)
+    gram = drift > 0 or any("gram" in s.method.needs for s, _ in steps)
     asked = max((getattr(s.config, "damping", 0.0) for s, _ in steps), default=0.0)
     waiting = waiting or aside(block, [*hidden, *dense])
     beside = DenseRuns(block, dense, waiting, len(hidden)) if drift else None
@@ -383,7 +383,6 @@ def _solve_block(
 
     watch, at_once = (data.watch, data.at_once) if data else (None, False)
     bins = histogram_bins([s for s, _ in steps])
-    gram |= beside is not None
     hidden = stream_block(block, hidden, solve, gram, waiting, watch, calibrate, bins, at_once, extras, beside)
     if beside:
         targets = beside.outputs()
