@@ -146,9 +146,7 @@ TOKENS: dict[str, tuple[list[dict[str, Any]], float]] = {
 # the same and a share of what the inputs have lost that is made up for
 RECORD = [CLUSTERS, alps(sparsity=0.7, row_fisher=0.5)]
 DRIFT: dict[str, tuple[list[dict[str, Any]], float, float]] = {
-    **{
-        f"yaqa, {grid}, tokens^0.75, drift {d}": (for_the_loss(grid), 0.75, d) for grid in GRIDS for d in (0.25, 0.5, 1)
-    },
+    **{f"yaqa, {grid}, tokens^0.5, drift {d}": (for_the_loss(grid), 0.5, d) for grid in GRIDS for d in (0.25, 0.5, 1)},
     **{f"70% sparsegpt, drift {d}": ([PRUNED], 0, d) for d in (0.25, 0.5, 1)},
     **{f"70% clusters, alps, rows by Fisher^0.5, drift {d}": (RECORD, 0, d) for d in (0.25, 0.5)},
 }
