@@ -149,8 +149,13 @@ def test_the_plan_counts_the_second_stream(trained):
 
 
 @pytest.mark.parametrize(
-    "settings, words", [(["drift=1.5"], "between 0 and 1"), (["drift=0.5", "calibration.data=none"], "data is none")]
+    "settings, words",
+    [
+        (["drift=1.5"], "between 0 and 1"),
+        (["drift=0.5", "calibration.data=none"], "data is none"),
+        (["drift=0.5", "shots=2"], "one shot"),
+    ],
 )
 def test_drifts_that_cannot_be(settings, words):
     with pytest.raises(RecipeError, match=words):
-        read(STEPS, settings)
+        read([{"use": "sparsegpt", "sparsity": 0.5}], settings)

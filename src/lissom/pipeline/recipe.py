@@ -350,6 +350,8 @@ def _check(recipe: Recipe) -> list[str]:
         out.append(f"calibration: token_fisher must be at least 0, not {c.token_fisher:g}")
     if not 0 <= c.drift <= 1:
         out.append(f"calibration: drift must be between 0 and 1, not {c.drift:g}")
+    if c.drift and any(s.constraint.shots > 1 for s in recipe.steps):
+        out.append("calibration: drift looks at the dense model, which later shots have no more; use one shot")
     out += textless_problems(recipe) if c.data == NONE else []
     odd = [t.name for t in recipe.steps if "forms" in t.method.makes and t.constraint.bits != 16]
     if odd and any(s.method.kind == "training" for s in recipe.steps):
