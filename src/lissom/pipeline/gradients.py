@@ -38,7 +38,7 @@ WANTED = {
     "surgeon-units": (OUTPUT_GRAM,),
     "yaqa": (OUTPUT_BLOCKS,),
 }
-_DO_WITHOUT = {"yaqa"}  # run on a model without a head too
+DO_WITHOUT = {"yaqa"}  # methods that run on a model without a head too, on nothing of these
 _OF_WEIGHTS = {"gradient", "gradient_l1", "fisher", "samples"}
 TOKEN_WEIGHT = "token_weight"  # (tokens,), of mean 1: (g · g)^exponent of the gradients g at a layer's outputs
 OUTPUT_POWER = "output_power"  # (out,), E[g²] of the gradients g at the outputs: the diagonal of `OUTPUT_GRAM`
@@ -48,7 +48,7 @@ _TOKENS = 256  # of the head's logits at a time
 
 def wanted_extras(recipe: Recipe, head: bool = True) -> list[str]:
     """The extras that the solvers and the statistics of a recipe read, of a model with a ``head`` or without."""
-    solvers = [s for s in recipe.steps if s.method.kind == "solver" and (head or s.name not in _DO_WITHOUT)]
+    solvers = [s for s in recipe.steps if s.method.kind == "solver" and (head or s.name not in DO_WITHOUT)]
     read = {e for step in solvers for e in WANTED.get(step.name, ())}
     if head and any(step.constraint.row_fisher for step in recipe.steps):
         read.add(OUTPUT_POWER)

@@ -16,7 +16,7 @@ from ..core import RecipeError
 from ..export import LayerPlan, codec_named
 from ..models import Linear, Model
 from .folding import fold_problems
-from .gradients import gradient_tokens, gram_numbers, wanted_extras
+from .gradients import DO_WITHOUT, gradient_tokens, gram_numbers, wanted_extras
 from .layers import named, wanted
 from .operating import operator_advice, operator_problems, operators_of
 from .recipe import TRAINED, Recipe, Step
@@ -81,12 +81,17 @@ def make_plan(model: Model, recipe: Recipe, out: Path | None = None, calibration
         problems += _misfits(step, layers, warnings)
     for setting, given in (
         ("row_fisher", any(s.constraint.row_fisher for s in solvers)), ("token_fisher", recipe.calibration.token_fisher),
-        ("yaqa's output factor", any(s.name == "yaqa" for s in solvers)),
     ):  # fmt: skip
         if given and not model.has_head:
             warnings.append(
                 f"{setting}: the model has no head, so there is no loss to take gradients of: it has no effect"
             )
+    if not model.has_head:
+        warnings += [
+            f"{s.name}: the model has no head, so there is no loss to take gradients of: its outputs count alike"
+            for s in solvers
+            if s.name in DO_WITHOUT
+        ]
     problems += fold_problems(model, recipe, warnings)
     problems += operator_problems(model, recipe)
     warnings += operator_advice(recipe, operators_of(model, recipe))
@@ -274,9 +279,8 @@ def estimate(model: Model, recipe: Recipe, layers: list[Linear], tokens: int) ->
     if drift:  # a second stream, and what both give together
         activations += 4 * tokens * (2 * hidden + widest)
         gram += 2 * 4 * widest * widest
-    extras = wanted_extras(
-        recipe, model.has_head
-    )  # bytes of the gradients' Gram matrices of each block, which wait on disk
+    extras = wanted_extras(recipe, model.has_head)
+    # bytes of the gradients' Gram matrices of each block, which wait on disk
     outputs = [4 * sum(gram_numbers(la.rows, extras) for la in block) for block in by_block]
     gram += 4 * max(outputs, default=0)  # as read, stacked, and a factor
     memory = _PYTHON_AND_TORCH + max(4 * 3 * largest + activations + gram, 3 * 4 * outer)
