@@ -150,6 +150,10 @@ DRIFT: dict[str, tuple[list[dict[str, Any]], float, float]] = {
     **{f"70% sparsegpt, drift {d}": ([PRUNED], 0, d) for d in (0.25, 0.5, 1)},
     **{f"70% clusters, alps, rows by Fisher^0.5, drift {d}": (RECORD, 0, d) for d in (0.25, 0.5)},
 }
+# the same on the record's 32 × 512 tokens
+MORE: dict[str, tuple[list[dict[str, Any]], float]] = {
+    f"32 x 512, 70% clusters, alps, rows by Fisher^0.5, drift {d}": (RECORD, d) for d in (0, 0.25, 0.5, 0.75, 1)
+}
 # name → samples, their length, and the texts that take turns; all with BEST
 TEXTS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "32 x 128": (32, 128, ("valid",)),
@@ -233,7 +237,7 @@ def render(found: dict[str, dict[str, Any]]) -> str:
     steps = [n for n in ROWS if n.startswith("70%")]
     lines = table("steps", steps)
     lines += table("tokens weighed by the gradient", list(TOKENS))
-    lines += table("drift made up for", list(DRIFT))
+    lines += table("drift made up for", [*DRIFT, *MORE])
     lines += table("calibration of clusters + alps at 70%", ["70% clusters, alps", *TEXTS])
     lines += table("N of 16", [n for n in ROWS if n not in steps])
     return "\n".join(lines)
@@ -252,6 +256,7 @@ def main() -> None:
     rows: dict[str, tuple[Any, ...]] = {name: (steps, None) for name, steps in ROWS.items()}
     rows |= {name: (steps, None, e) for name, (steps, e) in TOKENS.items()}
     rows |= {name: (steps, None, e, d) for name, (steps, e, d) in DRIFT.items()}
+    rows |= {name: (steps, (32, 512, ("valid",)), 0, d) for name, (steps, d) in MORE.items()}
     rows |= {name: (BEST, text) for name, text in TEXTS.items()}
     waiting = [n for n in shared(list(rows), options.share) if n not in found and re.search(options.only, n)]
     if options.list:
