@@ -7,7 +7,7 @@ live across a stop are in ``state`` and nowhere else, so a driver may move them 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,10 +93,11 @@ class Block:
             raise ValueError(f"{name} has shape {tuple(old.shape)}, not {tuple(value.shape)}")
         self.parameters[name] = value.to(old.device)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor under the name and in the layout of the file, fp32, detached and on the host, to be saved."""
+    def tensors(self, without: Collection[str] = ()) -> dict[str, Tensor]:
+        """Every tensor, but for those in ``without``, under the name and in the layout of the file, fp32, detached and on the host."""
         turned = {f"{la.name}.weight" for la in self.linears} if self.row.transposed else set()
-        return {k: (v.T.contiguous() if k in turned else v).detach().to(HOST) for k, v in self.parameters.items()}
+        wanted = {k: v for k, v in self.parameters.items() if k not in without}
+        return {k: (v.T.contiguous() if k in turned else v).detach().to(HOST) for k, v in wanted.items()}
 
     def start(self, hidden: Tensor, position_ids: Tensor | None = None, mask: Tensor | None = None) -> Run:
         """Begin a staged forward over ``hidden: (batch, tokens, width)`` from anywhere, on the block's device.

@@ -6,8 +6,9 @@ the statistics of later layers – and the reported errors – are those of the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,11 @@ class Artefact:
 
     def layer(
         self, block: Block, layer: Linear, result: LayerResult | None, cluster: int | None
-    ) -> tuple[LayerRecord, Tensor]:
-        """Encode a linear layer; one that no step touched is stored as in the source, see :meth:`carried`, or dense."""
+    ) -> tuple[Callable[[], LayerRecord], Tensor]:
+        """Encode a linear layer; one that no step touched is stored as in the source, see :meth:`carried`, or dense.
+
+        Returns what makes its record, which goes through all weights and that nothing else waits for, and the weights as they decode.
+        """
         transposed = self.model.architecture.transposed
         solved, pattern = (result.solved, result.pattern) if result else self.carried(layer.name)
         if solved is None:
@@ -122,14 +126,20 @@ class Artefact:
         if scale is not None and isinstance(self.codec, CompressedTensors):
             self._pending[f"{layer.name}.input_scale"] = torch.tensor([scale], dtype=torch.float16)
         notes: Mapping[str, float] = result.notes if result else {}
-        record = LayerRecord(
-            layer.name, layer.block, layer.role, [layer.rows, layer.columns], layer.rows * layer.columns, pattern,
-            (stored.numel() - int(stored.count_nonzero())) / stored.numel(), bits, group, cluster,
-            result.error if result else None, result.relative_error if result else None,
-            notes.get("damping"), int(notes.get("dead", 0)), size, checksum(stored),
-            {k: notes[f"block_error_{k}"] for k in ("before", "after")} if "block_error_after" in notes else None, scale,
+        record = partial(
+            LayerRecord, layer.name, layer.block, layer.role, [layer.rows, layer.columns], layer.rows * layer.columns, pattern,
+            bits=bits, group_size=group, cluster=cluster,
+            error=result.error if result else None, relative_error=result.relative_error if result else None,
+            damping=notes.get("damping"), dead_inputs=int(notes.get("dead", 0)), bytes=size,
+            healed={k: notes[f"block_error_{k}"] for k in ("before", "after")} if "block_error_after" in notes else None,
+            input_scale=scale,
         )  # fmt: skip
-        return record, stored
+
+        def summed() -> LayerRecord:
+            zeros = stored.numel() - int(stored.count_nonzero())
+            return record(sparsity=zeros / stored.numel(), checksum=checksum(stored))
+
+        return summed, stored
 
     def read(self, i: int) -> dict[str, StoredLayer]:
         """The encoded layers of block ``i`` as its finished part holds them."""
@@ -149,12 +159,12 @@ class Artefact:
             if name not in linear and value.is_floating_point():
                 block.set_parameter(name, value.to(self.dtype).float())
 
-    def block(self, i: int, block: Block) -> None:
-        """Write block ``i``: its linear layers as encoded, the rest in the artefact's dtype."""
-        linear = {f"{layer.name}.weight" for layer in block.linears}
-        rest = {k: v.to(self.dtype) for k, v in block.tensors().items() if k not in linear}
-        self.writer.add(f"block-{i:05d}", self._pending | rest, self._entries)
+    def part(self, i: int, block: Block) -> Callable[[], int]:
+        """What writes block ``i``: its linear layers as encoded, the rest in the artefact's dtype. Nothing is pending then."""
+        rest = block.tensors(without={f"{layer.name}.weight" for layer in block.linears})
+        tensors, entries = self._pending | {k: v.to(self.dtype) for k, v in rest.items()}, self._entries
         self._pending, self._entries = {}, {}
+        return partial(self.writer.add, f"block-{i:05d}", tensors, entries)
 
     def outer(self) -> dict[str, Tensor]:
         """Write everything outside of blocks; returns the tensors as a reader gets them, fp32, by name.

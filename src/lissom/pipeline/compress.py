@@ -12,45 +12,41 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from .. import __version__
-from ..core import Budget, OutputError, Stats, device_named
+from ..core import Budget, OutputError, device_named
 from ..export import open_model
 from ..export.layout import dtype_name
-from ..models import Block, Linear, Model
+from ..models import Model
 from . import gradients
 from . import recipe as recipes
 from .allocate import budgets_for, needs_held_out
-from .artefact import Artefact, LayerRecord, artefact_dtype, bytes_after, bytes_before
-from .blockwise import block_steps, dense_targets, work_on_block
-from .data import CalibrationSet, embed, load_calibration
-from .drift import DenseRuns, made_up
+from .artefact import Artefact, artefact_dtype, bytes_after, bytes_before
+from .blocks import solve_and_save
+from .data import CalibrationSet, load_calibration
 from .folding import folded_model
 from .healing import heal, training_steps
 from .integer import compress_integer, integer_step, plan_integer
 from .lock import alone
-from .operating import calibrator, operated, samples_for, with_scales
+from .operating import operated, samples_for, with_scales
 from .planning import Plan
-from .recipe import Step
 from .shapes import structured_plan
 from .shots import earlier_shots
 from .sizing import check_target, chosen_save, expectation, size_budgets, with_choice
-from .stream import Extras, LayerResult, histogram_bins, solve_stage, stream_block
+from .stream import Extras
 from .structured import smaller_model
 from .structured_targets import with_targets
 from .summary import peak_memory, versions
 from .trials import Budgets
 from .verify import verify
-from .waiting import Aside, Spill, aside
-from .workdir import check_writable, dump_json, first_sample, hidden_files, keep_hidden, start
+from .workdir import check_writable, dump_json, first_sample, hidden_files, start
 
 Tick = Callable[[str, int, int], None]
 Note = Callable[[str], None]
@@ -186,7 +182,7 @@ def _compress(
 
     clock = time.perf_counter()
     artefact = Artefact(work, model, replace(chosen_save(checked, allocation), dtype=dtype_name(dtype)))
-    records = _blocks(work, model, made, budgets, data, artefact, extras, spill, tick, note)
+    records = solve_and_save(work, model, made, budgets, data, artefact, extras, spill, tick, note)
     sample = first_sample(load_file(hidden_files(work)[model.blocks]))
     stages["blocks"] = time.perf_counter() - clock
 
@@ -285,116 +281,3 @@ def _budgets(
         dump_json(path, {"budgets": {str(i): asdict(b) for i, b in budgets.items()}, "record": record})
     saved = json.loads(path.read_text(encoding="utf-8"))
     return {int(i): Budget(**b) for i, b in saved["budgets"].items()}, saved["record"]
-
-
-def _blocks(
-    work: Path,
-    model: Model,
-    made: Plan,
-    budgets: Budgets,
-    data: CalibrationSet,
-    artefact: Artefact,
-    extras: Extras,
-    spill: bool,
-    tick: Tick | None,
-    note: Note | None,
-) -> list[LayerRecord]:
-    """Solve and save every block that is not finished yet."""
-    steps = [(s, budgets.get(i)) for i, s in enumerate(made.recipe.steps) if s.method.kind == "solver"]
-    healing = block_steps(made.recipe)
-    waiting = Spill(work) if spill else None
-    saved = hidden_files(work)
-    done = max((n for n in saved if all(artefact.has(i) for i in range(n))), default=None)
-    if done is None:
-        outer = artefact.outer()
-        hidden = embed(model, data.ids, outer)
-        dense = embed(model, data.ids) if healing or made.recipe.calibration.drift else []
-        del outer
-        model.release()
-        done = 0
-    else:
-        states = sorted(load_file(saved[done]).items())
-        hidden = [h for name, h in states if not name.startswith("dense-")]
-        dense = [h for name, h in states if name.startswith("dense-")]
-    records = [LayerRecord(**r) for i in range(done) for r in json.loads((work / f"records-{i:05d}.json").read_text())]
-    for i in range(done, model.blocks):
-        block = model.load_block(i)
-        here, hidden, dense = _solve_block(
-            block, artefact, steps, extras(i), healing, hidden, dense, budgets, waiting, note,
-            calibrator(made.recipe), data, made.recipe.calibration.drift,
-        )  # fmt: skip
-        artefact.block(i, block)
-        dump_json(work / f"records-{i:05d}.json", [asdict(r) for r in here])
-        keep_hidden(work, i + 1, hidden, dense)
-        records += here
-        if tick:
-            tick("compress", i + 1, model.blocks)
-    if waiting:
-        waiting.close()
-    return records
-
-
-def _solve_block(
-    block: Block,
-    artefact: Artefact,
-    steps: Sequence[tuple[Step, Budget | None]],
-    extras: Mapping[str, Mapping[str, Tensor]],
-    healing: Sequence[Step],
-    hidden: list[Tensor],
-    dense: list[Tensor],
-    budgets: Budgets,
-    waiting: Aside | None,
-    note: Note | None,
-    calibrate: Callable[[Tensor, Tensor], float] | None = None,
-    data: CalibrationSet | None = None,
-    drift: float = 0.0,
-) -> tuple[list[LayerRecord], list[Tensor], list[Tensor]]:
-    """Solve and encode one block; returns its layers' records and what it gives to the next block, in both streams.
-
-    ``dense``: hidden states of the dense model, only there when steps work on whole blocks (``healing``) or ``drift`` is made up for.
-    """
-    gram = drift > 0 or any("gram" in s.method.needs for s, _ in steps)
-    asked = max((getattr(s.config, "damping", 0.0) for s, _ in steps), default=0.0)
-    waiting = waiting or aside(block, [*hidden, *dense])
-    beside = DenseRuns(block, dense, waiting, len(hidden)) if drift else None
-    targets = dense_targets(block, dense) if healing and not beside else []
-    inputs = list(hidden) if healing else []
-    artefact.settle(block)
-    solved: list[LayerResult] = []
-    records: dict[str, LayerRecord] = {}
-
-    def keep(layers: Sequence[Linear], results: Sequence[LayerResult]) -> None:
-        """Encode the layers; the block goes on with the weights as the file will give them."""
-        by_name = {r.layer.name: r for r in results}
-        for layer in layers:
-            record, stored = artefact.layer(block, layer, by_name.get(layer.name), _cluster(budgets, layer))
-            block.set_weight(layer.name, stored)
-            records[layer.name] = record
-
-    def solve(stage: tuple[Linear, ...], stats: Stats) -> None:
-        weights = made_up({layer.name: block.weight(layer.name) for layer in stage}, stats, drift)
-        results = solve_stage(stage, weights, stats, steps, extras)
-        solved.extend(results)
-        keep(stage, results)
-        for layer in stage:
-            damping = records[layer.name].damping
-            if damping and damping > asked * 1.001:
-                _say(note, f"{layer.name}: damping raised to {damping:g} until the Gram matrix was positive definite")
-
-    watch, at_once = (data.watch, data.at_once) if data else (None, False)
-    bins = histogram_bins([s for s, _ in steps])
-    hidden = stream_block(block, hidden, solve, gram, waiting, watch, calibrate, bins, at_once, extras, beside)
-    if beside:
-        targets = beside.outputs()
-    if healing:
-        healed = work_on_block(block, solved, inputs, dense, targets, healing)
-        keep([r.layer for r in healed], healed)
-        hidden = [block.forward(h) for h in inputs]
-    return list(records.values()), hidden, targets
-
-
-def _cluster(budgets: Budgets, layer: Linear) -> int | None:
-    for budget in budgets.values():
-        if layer.name in budget.cluster:
-            return budget.cluster[layer.name]
-    return None

@@ -61,7 +61,7 @@ def convert(
             _, written = artefact.layer(block, layer, _result(layer, stored, plan) if keep else None, None)
             if not torch.equal(written, stored.weight):
                 changed.append(layer.name)
-        artefact.block(i, block)
+        artefact.part(i, block)()
     size = sum(artefact.close().values())
     again = open_model(work)
     for layer in layers:

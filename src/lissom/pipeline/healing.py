@@ -238,12 +238,13 @@ def _write(
                 solved = solved_of(form, _solved(before[layer.name], form.legal.mask))
                 pattern = "unstructured" if record.pattern == "dense" and solved.mask is not None else record.pattern
                 result = LayerResult(layer, solved, pattern, 0.0, 0.0)
-            new, stored = artefact.layer(block, layer, result, record.cluster)
+            made, stored = artefact.layer(block, layer, result, record.cluster)
             block.set_weight(layer.name, stored)
+            new = made()
             out.append(
                 replace(record, pattern=new.pattern, sparsity=new.sparsity, bytes=new.bytes, checksum=new.checksum)
             )
-        artefact.block(i, block)
+        artefact.part(i, block)()
     return out
 
 

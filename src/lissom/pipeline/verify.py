@@ -8,6 +8,7 @@ import inspect
 import json
 import zlib
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ..evaluate import forward
 from ..export import codec_named, open_model
 from ..models import Model, Operators
 
+_AT_ONCE = 4  # blocks that are loaded back together
 _TOKENS = 128  # of the first calibration sample, for the comparison of logits
 _TOLERANCE = 2e-3  # of the largest logit: different kernels add in different orders
 # a difference in the last bit may move a rounded activation to the next code, and then everything after it
@@ -44,13 +46,18 @@ def verify(
     found: dict[str, str] = {}
     model = Model(open_model(folder))
     wanted = {row["name"]: row["checksum"] for row in manifest["layers"]}
-    for i in range(model.blocks):
+
+    def other(i: int) -> str | None:
+        """A layer of block ``i`` that is not what was solved."""
         block = model.load_block(i)
-        for layer in model.linears(i):
-            if checksum(block.weight(layer.name)) != wanted[layer.name]:
-                raise FormatError(
-                    f"{layer.name}: the weights loaded back from {folder} differ from those solved; the artefact is not kept"
-                )
+        return next((n.name for n in model.linears(i) if checksum(block.weight(n.name)) != wanted[n.name]), None)
+
+    with ThreadPoolExecutor(min(_AT_ONCE, torch.get_num_threads())) as pool:  # checksums take one thread each
+        wrong = next(filter(None, pool.map(other, range(model.blocks))), None)
+    if wrong:
+        raise FormatError(
+            f"{wrong}: the weights loaded back from {folder} differ from those solved; the artefact is not kept"
+        )
     found["layers"] = f"{len(wanted)} of {len(wanted)} decode bit for bit to the solved weights"
     ids = ids[:, :_TOKENS]
     again = forward(model, ids).hidden[0]
