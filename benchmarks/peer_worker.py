@@ -3,12 +3,14 @@
     /work/peers/llmcompressor/bin/python -P benchmarks/peer_worker.py job.json      (-P: kernels.py beside it is no package)
 
 ``job.json``: ``tool``, ``method``, ``model`` (a dense Hugging Face directory), ``ids`` (.npy, samples × length), ``out``, ``seed``
-and the method's numbers. Writes the compressed model to ``out`` and ``out``/peer.json: versions and seconds of the tool's call.
-Nothing of lissom is imported, so that memory and time are the tool's.
+and the method's numbers. Writes the compressed model to ``out`` and ``out``/peer.json: versions, seconds of the tool's call, and of all
+its work from reading to writing, with the libraries imported before (`work`). Nothing of lissom is imported unless it is the tool, so that
+memory and time are the tool's.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import sys
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 
 PROJECTIONS = "re:.*_proj$"  # ignore=["lm_head"] would leave the tied head in
-PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors", "auto-round", "torch-pruning")
+PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors", "auto-round", "torch-pruning", "lissom")
 
 
 def load(job: dict[str, Any]) -> tuple[Any, Any]:
@@ -161,17 +163,36 @@ def torch_pruning(job: dict[str, Any], ids: torch.Tensor) -> float:
     return seconds
 
 
-TOOLS = {"llmcompressor": llmcompressor, "auto-round": autoround, "torch-pruning": torch_pruning}
+def lissom(job: dict[str, Any], ids: torch.Tensor) -> float:
+    """As the command line calls it; lissom draws the same ``ids`` from the text."""
+    from lissom import compress
+
+    Path(job["out"]).mkdir()
+    start = time.perf_counter()
+    compress(job["model"], Path(job["out"], "made"), job["method"], overrides=job["overrides"])
+    return time.perf_counter() - start
+
+
+TOOLS = {"llmcompressor": llmcompressor, "auto-round": autoround, "torch-pruning": torch_pruning, "lissom": lissom}
+# what a tool imports on its way, the same transformers in all of them
+IMPORTS = {
+    "llmcompressor": ["llmcompressor", "llmcompressor.modifiers.pruning", "datasets"],
+    "lissom": ["lissom.pipeline"],
+}
 
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     torch.manual_seed(job["seed"])
     ids = torch.from_numpy(np.load(job["ids"]))[: job.get("samples")]
+    for name in ("transformers.models.llama.modeling_llama", *IMPORTS.get(job["tool"], [])):
+        importlib.import_module(name)
+    start = time.perf_counter()
     seconds = TOOLS[job["tool"]](job, ids)
+    work = time.perf_counter() - start
     found = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
     versions = {name: found[name] for name in PACKAGES if name in found}
-    note = {"seconds": seconds, "threads": torch.get_num_threads(), "versions": versions}
+    note = {"seconds": seconds, "work": work, "threads": torch.get_num_threads(), "versions": versions}
     Path(job["out"], "peer.json").write_text(json.dumps(note))
 
 

@@ -80,6 +80,8 @@ def peer_rows() -> dict[str, dict[str, Any]]:
             }
             out[f"AutoRound W{bits} {word}, 20 iterations of 4"] = rounds
             out[f"AutoRound W{bits} {word}, 200 iterations of 4"] = rounds | {"iterations": 200}
+    overrides = [f"calibration.data={DATA / 'valid.txt'}", "samples=32", "length=512", "sparsity=0.7"]
+    out["lissom sparsegpt 70%, called"] = {"tool": "lissom", "method": "sparsegpt", "overrides": overrides}
     for method in ("random", "magnitude"):
         job = {"tool": "torch-pruning", "method": method, "remove": 320 / 1536}  # what lissom rounds 20% to
         out[f"Torch-Pruning {method}, 20% of the neurons"] = job
@@ -128,7 +130,9 @@ def random_model(like: Path, name: str, out: Path) -> None:
         num_attention_heads=shape["heads"], num_key_value_heads=shape["kv_heads"], head_dim=HEAD_DIM,
     )  # fmt: skip
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).half().save_pretrained(out)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(config).half()
+    model.cpu().save_pretrained(out)
     AutoTokenizer.from_pretrained(like).save_pretrained(out)
 
 
@@ -158,7 +162,7 @@ def run(name: str, options: argparse.Namespace, dense: Path, ids: Path, work: Pa
     if name in peer_rows():
         job = peer_rows()[name] | {"model": str(dense), "ids": str(ids), "out": str(out), "seed": 0}
         (work / "job.json").write_text(json.dumps(job))
-        python = options.peers / job["tool"] / "bin" / "python"
+        python = sys.executable if job["tool"] == "lissom" else options.peers / job["tool"] / "bin" / "python"
         command = [str(python), "-P", str(HERE / "peer_worker.py"), str(work / "job.json")]
         row: dict[str, Any] = {"name": name, "job": peer_rows()[name]}
     else:
@@ -171,10 +175,14 @@ def run(name: str, options: argparse.Namespace, dense: Path, ids: Path, work: Pa
     if name in peer_rows():
         row["peer"] = json.loads(next(out.rglob("peer.json")).read_text())
         out = next(out.rglob("config.json")).parent
+        if (timings := out / "timings.json").exists():
+            row["stages"] = json.loads(timings.read_text())
     else:
         manifest = json.loads((out / "manifest.json").read_text())
         row["stages"] = json.loads((out / "timings.json").read_text())
         row["same_tokens"] = manifest["calibration"]["hash"] == fingerprint(torch.from_numpy(np.load(ids)))
+    if options.model != "demo":
+        return row
     judge = [LISSOM, "evaluate", str(out), *evaluation_on("test.raw.txt"), "--json"]
     done = subprocess.run([*shlex.split(options.wrap_evaluate), *judge], capture_output=True, text=True)
     if done.returncode:

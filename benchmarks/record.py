@@ -43,7 +43,13 @@ def gap(n: int) -> dict[str, list[str]]:
     return {
         f"unstructured {sparsity:.1%}": plain,
         f"{n}:16": [*plain, "--set", f"pattern={n}:16"],
-        f"{n}:16 permuted": ["--recipe", str(HERE / "recipes" / "n-16-permuted.yaml"), "--set", f"pattern={n}:16", *DRIFT],
+        f"{n}:16 permuted": [
+            "--recipe",
+            str(HERE / "recipes" / "n-16-permuted.yaml"),
+            "--set",
+            f"pattern={n}:16",
+            *DRIFT,
+        ],
         f"{2 * n}:32": [*plain, "--set", f"pattern={2 * n}:32"],
         f"clusters unstructured {sparsity:.1%}": best(sparsity, "--set", "row_fisher=0"),
         f"clusters N:16 {sparsity:.1%}": layers,

@@ -18,6 +18,7 @@ from lissom.run.parts import ROLES, VECTORS, BlockParts, Layers, Parts, gather
 SHAPES: dict[str, dict[str, int]] = {
     "demo-shape": {"layers": 30, "width": 576, "inner": 1536, "heads": 9, "kv_heads": 3, "vocabulary": 49152},
     "0.6B": {"layers": 11, "width": 2048, "inner": 5632, "heads": 32, "kv_heads": 8, "vocabulary": 49152},
+    "1.7B": {"layers": 24, "width": 2048, "inner": 8192, "heads": 32, "kv_heads": 32, "vocabulary": 49152},
 }
 HEAD_DIM = 64
 _KINDS = {"int2": 2, "int3": 3, "int4": 4, "int6": 6, "int8": 8}

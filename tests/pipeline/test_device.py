@@ -97,7 +97,8 @@ ROUNDED = {
 }  # their einsum adds in another order there; the surgeon's later layers then differ at will
 
 
-# choices that follow from each other: a millionth added to the Gram matrices changes their weights by a third on the host too
+# choices that follow from each other: a millionth added to the Gram matrices changes their weights by a third on the host too;
+# on some processors the surgeon's einsum alone decides one of them otherwise
 UNSTEADY = {"alps", "rows by Fisher", "llm-surgeon"}
 DEVICES = [TYPE, "cuda"] if torch.cuda.is_available() else [TYPE]
 
@@ -135,7 +136,7 @@ def near(a, b):
 def test_same_bytes_on_another_device(random_checkpoint, tmp_path, name, place):
     host, device = on_both(random_checkpoint("llama"), tmp_path, CHAINS[name], QUICK.get(name, []), place)
     assert host.keys() == device.keys()
-    if place == "cuda" and name in UNSTEADY:
+    if name in UNSTEADY and (place == "cuda" or name in ROUNDED):
         mine, theirs = (layer_error(tmp_path / made) for made in ("host", "device"))
         assert abs(theirs / mine - 1) < 0.1
     elif place == "cuda":

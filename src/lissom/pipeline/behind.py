@@ -17,11 +17,12 @@ class Behind:
 
     def __init__(self, device: torch.device):
         self._pool = ThreadPoolExecutor(1) if device.type != "cpu" else None
-        self._last: Future[None] | None = None
+        self._last: Future[object] | None = None
 
-    def do(self, job: Callable[[], None]) -> None:
+    def do(self, job: Callable[[], object]) -> None:
         if self._pool is None:
-            return job()
+            job()
+            return
         self._wait()
         self._last = self._pool.submit(job)
 
