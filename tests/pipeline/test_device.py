@@ -27,7 +27,14 @@ SOLVERS = sorted(n for n, m in METHODS.items() if m.kind == "solver")
 ALLOCATIONS = sorted(n for n, m in METHODS.items() if m.kind == "allocation" and n not in ("bits", "nm-layers"))
 STRUCTURED = sorted(n for n, m in METHODS.items() if m.kind in ("units", "blocks"))
 FREE = {"use": "sparsegpt", "sparsity": 0.5, "pattern": "n:4"}
-QUICK = {"autoround": ["iterations=3"], "omniquant": ["steps=2"], "gptq-descent": ["passes=1"], "quip": ["passes=1"]}
+QUICK = {
+    "autoround": ["iterations=3"],
+    "omniquant": ["steps=2"],
+    "gptq-descent": ["passes=1"],
+    "quip": ["passes=1"],
+    "yaqa": ["sweeps=2"],
+}
+
 TRAIN = {"steps": 2, "batch": 2, "length": 16, "held_out": 2, "evaluate_every": 1}
 GATES = {
     "l0": {"keep_heads": 0.5, "logits": 1.0},
@@ -99,7 +106,7 @@ ROUNDED = {
 
 # choices that follow from each other: a millionth added to the Gram matrices changes their weights by a third on the host too;
 # on some processors the surgeon's einsum alone decides one of them otherwise
-UNSTEADY = {"alps", "rows by Fisher", "llm-surgeon"}
+UNSTEADY = {"alps", "rows by Fisher", "llm-surgeon", "yaqa"}
 DEVICES = [TYPE, "cuda"] if torch.cuda.is_available() else [TYPE]
 
 
