@@ -16,7 +16,7 @@ from lissom.report import remember, write_report
 def out(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report") / "out"
     lissom.compress(
-        trained, folder, "aggressive", overrides=["samples=4", "length=32", "group_size=32"],
+        trained, folder, "aggressive", overrides=["samples=4", "length=32", "group_size=32", "token_fisher=0.5"],
         command="lissom compress trained out --recipe aggressive",
     )  # fmt: skip
     remember(folder, lissom.evaluate(folder, "builtin", 32, 2, against=trained))
@@ -80,6 +80,8 @@ def test_it_has_the_numbers(out, page):
         manifest["calibration"]["hash"],
         "lissom compress trained out --recipe aggressive",
         "28 of 28",
+        "0.25 of what the layers before have lost is made up for",
+        "to the 0.5",
     ):
         assert number in text, number
     for role in ("q", "o", "gate", "down"):
