@@ -17,7 +17,7 @@ from lissom.core import OutputError, RecipeError
 from lissom.evaluate import evaluate
 from lissom.methods import METHODS
 from lissom.methods.quantize import METHODS as QUANTIZERS
-from lissom.pipeline import compress
+from lissom.pipeline import blocks, compress
 from lissom.pipeline.waiting import Aside
 
 FEW = ["samples=2", "length=24", f"calibration.data={tiny.__file__}"]
@@ -183,6 +183,29 @@ def test_waiting_activations_leave_the_device(random_checkpoint, tmp_path, monke
     host, device = on_both(random_checkpoint("llama"), tmp_path, [PRUNE], **more)
     assert {TYPE} in seen
     assert all(torch.equal(host[k], device[k]) for k in host)
+
+
+@pytest.mark.parametrize("fails", ["dump_json", "keep_hidden"])
+def test_a_block_that_could_not_be_written_beside_the_next_is_done_again(
+    random_checkpoint, tmp_path, monkeypatch, fails
+):
+    """The error comes to the caller, what was finished is kept, and the next run ends with the host's bytes."""
+    model, real = random_checkpoint("llama"), getattr(blocks, fails)
+    compress(model, tmp_path / "host", [PRUNE], overrides=FEW, device="cpu")
+
+    def full(*args):
+        raise OutputError("no space left")
+
+    monkeypatch.setattr(blocks, fails, full)
+    with Device(), pytest.raises(OutputError, match="no space"):
+        compress(model, tmp_path / "device", [PRUNE], overrides=FEW, device=TYPE)
+    work = tmp_path / "device.partial"
+    assert (work / "part-block-00000.safetensors").exists() and not (work / "part-block-00001.safetensors").exists()
+    monkeypatch.setattr(blocks, fails, real)
+    with Device():
+        compress(model, tmp_path / "device", [PRUNE], overrides=FEW, device=TYPE)
+    files = sorted((tmp_path / "host").glob("*.safetensors"))
+    assert files and all(f.read_bytes() == (tmp_path / "device" / f.name).read_bytes() for f in files)
 
 
 @pytest.mark.parametrize("missing", [0, 1])
