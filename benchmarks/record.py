@@ -22,7 +22,7 @@ from study import into_results
 
 KEPT = HERE / "rows" / "record"
 WHOLE = ["--set", "bits=16", "--set", "embedding_bits=16"]  # zeros only
-DRIFT = ["--set", "drift=0.25"]  # as the recipes `aggressive` and `sparse-n-16` have it
+DRIFT = 0.25  # as recipe `aggressive` has it
 SEEDS = (0, 1, 2)
 GAPS = (4, 6)
 
@@ -36,31 +36,32 @@ def best(sparsity: float = 0.7, *more: str) -> list[str]:
     return ["--recipe", "aggressive", *WHOLE, "--set", f"sparsity={sparsity}", *more]
 
 
-def gap(n: int) -> dict[str, list[str]]:
+def gap(n: int, drift: float = DRIFT) -> dict[str, list[str]]:
     sparsity = 1 - n / 16
-    plain = ["--recipe", "alps", "--set", f"sparsity={sparsity}", *DRIFT]
-    layers = ["--recipe", "sparse-n-16", *WHOLE, "--set", f"sparsity={sparsity}"]
-    return {
+    share = ["--set", f"drift={drift}"]
+    plain = ["--recipe", "alps", "--set", f"sparsity={sparsity}", *share]
+    layers = ["--recipe", "sparse-n-16", *WHOLE, "--set", f"sparsity={sparsity}", *share]
+    permuted = str(HERE / "recipes" / "n-16-permuted.yaml")
+    rows = {
         f"unstructured {sparsity:.1%}": plain,
         f"{n}:16": [*plain, "--set", f"pattern={n}:16"],
-        f"{n}:16 permuted": [
-            "--recipe",
-            str(HERE / "recipes" / "n-16-permuted.yaml"),
-            "--set",
-            f"pattern={n}:16",
-            *DRIFT,
-        ],
+        f"{n}:16 permuted": ["--recipe", permuted, "--set", f"pattern={n}:16", *share],
         f"{2 * n}:32": [*plain, "--set", f"pattern={2 * n}:32"],
-        f"clusters unstructured {sparsity:.1%}": best(sparsity, "--set", "row_fisher=0"),
+        f"clusters unstructured {sparsity:.1%}": best(sparsity, "--set", "row_fisher=0", *share),
         f"clusters N:16 {sparsity:.1%}": layers,
         f"clusters N:32 {sparsity:.1%}": [*layers, "--set", "pattern=n:32"],
     }
+    return {f"{name}{_without(drift)}": arguments for name, arguments in rows.items()}
+
+
+def _without(drift: float) -> str:
+    return "" if drift else " no drift"
 
 
 TABLES: dict[str, dict[str, list[str]]] = {
     "record": {f"{name} seed {s}": make(s) for s in SEEDS for name, make in (
         ("sparsegpt once per block", once), ("aggressive without INT4", lambda s: best(0.7, "--seed", str(s))))},
-    "gap": {name: arguments for n in GAPS for name, arguments in gap(n).items()},
+    "gap": {name: arguments for n in GAPS for d in (DRIFT, 0) for name, arguments in gap(n, d).items()},
     "curve": {f"aggressive without INT4 {s:.0%}": best(s) for s in (0.5, 0.6, 0.8)},
     "ablation": {
         "sparsegpt after each stage": ["--recipe", "sparsegpt", "--set", "sparsity=0.7"],
@@ -128,21 +129,21 @@ def record_table() -> list[str]:
 
 def gap_table() -> list[str]:
     lines = [
-        "| sparsity | budgets | unstructured | N:16 | ratio | N:32 | ratio |",
-        "|---|---|---|---|---|---|---|",
+        "| sparsity | drift | budgets | unstructured | N:16 | ratio | N:32 | ratio |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for n in GAPS:
+    for n, drift in ((n, d) for n in GAPS for d in (DRIFT, 0)):
         s = f"{1 - n / 16:.1%}"
         for budgets, names in (
             ("uniform", (f"unstructured {s}", f"{n}:16", f"{2 * n}:32")),
             ("uniform, inputs reordered", (f"unstructured {s}", f"{n}:16 permuted", "")),
             ("loss clusters", (f"clusters unstructured {s}", f"clusters N:16 {s}", f"clusters N:32 {s}")),
         ):
-            u, a, b = (perplexity(name) for name in names)
+            u, a, b = (perplexity(name and name + _without(drift)) for name in names)
             if not (a or b):
                 continue
             lines.append(
-                f"| {s} | {budgets} | {number(u)} | {number(a)} | {ratio(a, u)} | {number(b)} | {ratio(b, u)} |"
+                f"| {s} | {drift} | {budgets} | {number(u)} | {number(a)} | {ratio(a, u)} | {number(b)} | {ratio(b, u)} |"
             )
     return lines
 
