@@ -154,7 +154,7 @@ DRIFT: dict[str, tuple[list[dict[str, Any]], float, float]] = {
 MORE: dict[str, tuple[list[dict[str, Any]], float]] = {
     **{f"32 x 512, 70% clusters, alps, rows by Fisher^0.5, drift {d}": (RECORD, d) for d in (0, 0.25, 0.5, 0.75)},
     **{f"32 x 512, 75% N:16 by layer, drift {d}": (shipped("sparse-n-16")[:-1], d) for d in (0, 0.25, 0.5, 0.75)},
-    **{f"32 x 512, the same in INT4 by descent, drift {d}": (shipped("aggressive"), d) for d in (0, 0.25, 0.5)},
+    **{f"32 x 512, recipe aggressive with INT4, drift {d}": (shipped("aggressive"), d) for d in (0, 0.25, 0.5)},
 }
 # name → samples, their length, and the texts that take turns; all with BEST
 TEXTS: dict[str, tuple[int, int, tuple[str, ...]]] = {
