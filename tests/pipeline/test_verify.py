@@ -1,11 +1,18 @@
 """The check of an artefact against transformers: in fp32, at the memory of what is stored."""
 
 import copy
+import json
 
+import pytest
 import torch
 import transformers
 
-from lissom.pipeline.verify import _widened
+import tiny
+from lissom.core import FormatError
+from lissom.export import open_model
+from lissom.models import Model
+from lissom.pipeline import compress
+from lissom.pipeline.verify import _widened, at_once, verify
 
 
 def test_a_widened_model_computes_in_fp32_and_stays_as_stored():
@@ -56,3 +63,30 @@ def test_lists_inside_a_block_are_widened_with_it():
     with torch.no_grad():
         assert torch.equal(_widened(model)(x), wanted(x))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_layer_that_decodes_otherwise_is_named(random_checkpoint, tmp_path, monkeypatch, threads):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    overrides = ["samples=2", "length=24", f"calibration.data={tiny.__file__}"]
+    compress(random_checkpoint("llama"), tmp_path / "out", [{"use": "magnitude", "sparsity": 0.5}], overrides=overrides)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    wrong = next(row for row in manifest["layers"] if row["block"] == 1 and row["role"] == "up")
+    wrong["checksum"] ^= 1
+    with pytest.raises(FormatError, match=rf"{wrong['name']}: the weights loaded back"):
+        verify(tmp_path / "out", manifest, torch.zeros(1, 8, dtype=torch.long), torch.zeros(1, 8, 32))
+
+
+def test_no_more_blocks_are_loaded_back_together_than_fit(random_checkpoint, monkeypatch):
+    model = Model(open_model(random_checkpoint("llama")))
+    block = 4 * sum(layer.rows * layer.columns for layer in model.linears(0))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    assert [at_once(model, free) for free in (0, 4 * block, 12 * block - 1, 12 * block, 1000 * block)] == [
+        1,
+        1,
+        2,
+        3,
+        4,
+    ]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert at_once(model, 1000 * block) == 2

@@ -22,7 +22,7 @@ from ..evaluate import forward
 from ..export import codec_named, open_model
 from ..models import Model, Operators
 
-_AT_ONCE = 4  # blocks that are loaded back together
+_AT_ONCE = 4  # blocks that are loaded back together, at most
 _TOKENS = 128  # of the first calibration sample, for the comparison of logits
 _TOLERANCE = 2e-3  # of the largest logit: different kernels add in different orders
 # a difference in the last bit may move a rounded activation to the next code, and then everything after it
@@ -33,6 +33,12 @@ _HALF_TOLERANCE = 5e-2  # eight bits of mantissa in every weight and activation
 def checksum(weight: Tensor) -> int:
     """CRC-32 of fp32 weights as they decode."""
     return zlib.crc32(weight.float().cpu().contiguous().numpy().tobytes())
+
+
+def at_once(model: Model, free: int) -> int:
+    """Blocks that are loaded back together, one a thread, in a quarter of the ``free`` bytes; one where that is too little."""
+    largest = max(4 * sum(layer.rows * layer.columns for layer in model.linears(i)) for i in range(model.blocks))
+    return max(1, min(_AT_ONCE, torch.get_num_threads(), free // (4 * largest)))
 
 
 @torch.no_grad()
@@ -52,7 +58,7 @@ def verify(
         block = model.load_block(i)
         return next((n.name for n in model.linears(i) if checksum(block.weight(n.name)) != wanted[n.name]), None)
 
-    with ThreadPoolExecutor(min(_AT_ONCE, torch.get_num_threads())) as pool:  # checksums take one thread each
+    with ThreadPoolExecutor(at_once(model, psutil.virtual_memory().available)) as pool:
         wrong = next(filter(None, pool.map(other, range(model.blocks))), None)
     if wrong:
         raise FormatError(
