@@ -140,7 +140,7 @@ def test_ctrl_c_leaves_with_130_and_says_how_to_go_on(lissom, random_checkpoint,
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline(), "_blocks", interrupted)
+    monkeypatch.setattr(pipeline(), "solve_and_save", interrupted)
     done = lissom("compress", random_checkpoint("llama"), tmp_path / "out", "-r", "wanda", *SMALL)
     assert done.code == 130
     assert "goes on" in done.err and "Traceback" not in done.err
@@ -150,7 +150,7 @@ def test_ctrl_c_leaves_with_130_and_says_how_to_go_on(lissom, random_checkpoint,
 def test_fresh_starts_over(lissom, random_checkpoint, tmp_path, monkeypatch):
     source, out = random_checkpoint("llama"), tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline(), "_blocks", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(pipeline(), "solve_and_save", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         lissom("compress", source, out, "-r", "wanda", *SMALL)
     refused = lissom("compress", source, out, "-r", "wanda", *SMALL, "--set", "sparsity=0.3")
     assert refused.code == 5 and "was 0.5, now 0.3" in refused.err

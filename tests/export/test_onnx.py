@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -16,11 +18,21 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 
+def cpu_flags():
+    """What the processor says that it has; empty where it is not asked by a file."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
+
+
 def run(path, ids, keep):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     # onnxruntime multiplies four-bit blocks with activations rounded to int8 unless told to keep fp32
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if "avx2" in (flags := cpu_flags()) and not any("vnni" in flag for flag in flags):
+        # its product of uint8 and int8 saturates at int16 there; unfused, the graph is computed as it stands
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     outputs = [o.name for o in session.get_outputs()]
     feed = {"input_ids": ids.numpy(), "attention_mask": keep.long().numpy()}
@@ -93,6 +105,12 @@ def test_artefacts_give_the_simulated_numbers(kind, steps, quantized, random_che
     want, keep = ours(tmp_path / "out", *ids), ids[1]
     gap = float((got - want)[keep].abs().max() / want[keep].abs().max())
     # a difference in the last bit may move a rounded activation to the next code
+    print(
+        "GAP",
+        gap,
+        float(F.cosine_similarity(got[keep], want[keep]).min()),
+        float(((got - want)[keep].abs() > 0.01 * want[keep].abs().max()).float().mean()),
+    )
     assert gap < (1e-3 if steps[-1]["use"] != "activations" else 5e-2)
     assert float(F.cosine_similarity(got[keep], want[keep]).min()) > (0.9999 if gap < 1e-3 else 0.999)
 
