@@ -17,16 +17,15 @@ from .behind import Behind
 from .blockwise import block_steps, dense_targets, work_on_block
 from .data import CalibrationSet, embed
 from .drift import DenseRuns, made_up
+from .gradients import Tick
 from .operating import calibrator
 from .planning import Plan
 from .recipe import Step
 from .stream import Extras, LayerResult, histogram_bins, solve_stage, stream_block
 from .trials import Budgets
 from .waiting import Aside, Spill, aside
-from .workdir import dump_json, hidden_files, keep_hidden
+from .workdir import Note, dump_json, hidden_files, keep_hidden
 
-Tick = Callable[[str, int, int], None]
-Note = Callable[[str], None]
 Record = Callable[[], LayerRecord]
 
 

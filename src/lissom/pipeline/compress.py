@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from .artefact import Artefact, artefact_dtype, bytes_after, bytes_before
 from .blocks import solve_and_save
 from .data import CalibrationSet, load_calibration
 from .folding import folded_model
+from .gradients import Tick
 from .healing import heal, training_steps
 from .integer import compress_integer, integer_step, plan_integer
 from .lock import alone
@@ -46,10 +47,7 @@ from .structured_targets import with_targets
 from .summary import peak_memory, versions
 from .trials import Budgets
 from .verify import verify
-from .workdir import check_writable, dump_json, first_sample, hidden_files, start
-
-Tick = Callable[[str, int, int], None]
-Note = Callable[[str], None]
+from .workdir import Note, check_writable, dump_json, first_sample, hidden_files, start
 
 
 def plan(

@@ -32,7 +32,7 @@ _HALF_TOLERANCE = 5e-2  # eight bits of mantissa in every weight and activation
 
 def checksum(weight: Tensor) -> int:
     """CRC-32 of fp32 weights as they decode."""
-    return zlib.crc32(weight.float().cpu().contiguous().numpy().tobytes())
+    return zlib.crc32(weight.float().cpu().contiguous().numpy().data)
 
 
 def at_once(model: Model, free: int) -> int:
