@@ -84,6 +84,10 @@ def polished(group: int, method: str = "gptq-descent", **settings: Any) -> list[
     return [CLUSTERS, alps(sparsity=0.7, row_fisher=0.5), codes]
 
 
+def rows_of_16(**settings: Any) -> list[dict[str, Any]]:
+    return [CLUSTERS, alps(sparsity=0.75, pattern="n:16 by row", **settings)]
+
+
 PRUNED = {"use": "sparsegpt", "sparsity": 0.7}
 BEST = [CLUSTERS, alps(sparsity=0.7)]
 REPAIR, REFIT = {"use": "dsnot"}, {"use": "refit"}
@@ -154,6 +158,9 @@ DRIFT: dict[str, tuple[list[dict[str, Any]], float, float]] = {
 MORE: dict[str, tuple[list[dict[str, Any]], float]] = {
     **{f"32 x 512, 70% clusters, alps, rows by Fisher^0.5, drift {d}": (RECORD, d) for d in (0, 0.25, 0.5, 0.75)},
     **{f"32 x 512, 75% N:16 by layer, drift {d}": (shipped("sparse-n-16")[:-1], d) for d in (0, 0.25, 0.5, 0.75)},
+    "32 x 512, 75% N:16 by row, drift 0.25": (rows_of_16(), 0.25),
+    "32 x 512, 75% N:16 by row, permuted, drift 0.25": ([{"use": "channel-permutation"}, *rows_of_16()], 0.25),
+    "32 x 512, 75% N:16 by row, rows by Fisher^0.5, drift 0.25": (rows_of_16(row_fisher=0.5), 0.25),
     **{f"32 x 512, recipe aggressive with INT4, drift {d}": (shipped("aggressive"), d) for d in (0, 0.25, 0.5)},
 }
 # name → samples, their length, and the texts that take turns; all with BEST

@@ -25,6 +25,7 @@ WHOLE = ["--set", "bits=16", "--set", "embedding_bits=16"]  # zeros only
 DRIFT = 0.25  # as recipe `aggressive` has it
 SEEDS = (0, 1, 2)
 GAPS = (4, 6)
+BY_ROW = "n:16 by row"
 
 
 def once(seed: int) -> list[str]:
@@ -46,9 +47,11 @@ def gap(n: int, drift: float = DRIFT) -> dict[str, list[str]]:
         f"unstructured {sparsity:.1%}": plain,
         f"{n}:16": [*plain, "--set", f"pattern={n}:16"],
         f"{n}:16 permuted": ["--recipe", permuted, "--set", f"pattern={n}:16", *share],
+        f"{n}:16 by row": [*plain, "--set", f"pattern={BY_ROW}"],
         f"{2 * n}:32": [*plain, "--set", f"pattern={2 * n}:32"],
         f"clusters unstructured {sparsity:.1%}": best(sparsity, "--set", "row_fisher=0", *share),
         f"clusters N:16 {sparsity:.1%}": layers,
+        f"clusters N:16 by row {sparsity:.1%}": [*layers, "--set", f"pattern={BY_ROW}"],
         f"clusters N:32 {sparsity:.1%}": [*layers, "--set", "pattern=n:32"],
     }
     return {f"{name}{_without(drift)}": arguments for name, arguments in rows.items()}

@@ -1,11 +1,12 @@
 """Units of weights and earlier zeros, in every place where a constraint selects: against naive loops."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 
-from lissom.core import NM, Both, Grid, Problem, Sparse, Stack, Stats, factorise, sweep
+from lissom.core import NM, Both, Grid, NMByRow, Problem, Sparse, Stack, Stats, factorise, sweep
 from lissom.methods.prune import METHODS
 
 ROWS, COLUMNS = 16, 32
@@ -38,6 +39,30 @@ def test_units_are_those_of_a_naive_loop(unit, per):
         pytest.skip("a row is one unit")
     score = torch.rand(ROWS, COLUMNS, generator=torch.Generator().manual_seed(1))
     assert torch.equal(Sparse(0.5, per, unit).select(score), naive(score, 0.5, unit, per))
+
+
+@pytest.mark.parametrize("total", range(1, 12))
+def test_n_of_m_by_row_keeps_the_most_that_any_choice_of_n_can(total):
+    """Against every N for each of three rows of two groups of four."""
+    for seed in range(10):
+        score = torch.rand(3, 8, generator=torch.Generator().manual_seed(seed))
+        best = score.view(3, 2, 4).sort(2, descending=True).values.sum(1).cumsum(1)  # (rows, N - 1)
+        most = max(
+            sum(float(best[r, n - 1]) for r, n in enumerate(ns) if n)
+            for ns in product(range(5), repeat=3)
+            if sum(ns) == total
+        )
+        keep = NMByRow(1 - total / 12, 4).select(score)
+        counts = keep.view(3, 2, 4).sum(2)
+        assert torch.equal(counts[:, 0], counts[:, 1]) and int(counts[:, 0].sum()) == total
+        assert float(score[keep].sum()) == pytest.approx(most)
+
+
+def test_n_of_m_by_row_with_equal_scores_keeps_the_number():
+    keep = NMByRow(0.5, 4).select(torch.zeros(6, 8))
+    assert int(keep.sum()) == 24
+    with pytest.raises(ValueError, match="do not divide"):
+        NMByRow(0.5, 16).select(torch.zeros(2, 24))
 
 
 def test_units_that_do_not_divide_are_refused():

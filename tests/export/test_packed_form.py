@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from solving import solve
 
-from lissom.core import NM, Codes, FormatError, Grid, Solved, Sparse
+from lissom.core import NM, Codes, FormatError, Grid, NMByRow, Solved, Sparse
 from lissom.export import LayerPlan, Layout, Packed
 from lissom.export.packed import packed_bits
 
@@ -83,6 +83,24 @@ def test_every_nm_comes_back(m, part, groups, bits, seed):
     symmetric = solved.codes is None or solved.codes.symmetric
     plan = LayerPlan("l", (3, m * groups), layout.pattern, bits, None, symmetric)
     assert stored_bits(tensors) == packed_bits(plan, 0, value_bits=32)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    m=st.integers(2, 32), sparsity=st.floats(0, 0.95), groups=st.integers(1, 4), rows=st.integers(1, 9),
+    bits=st.sampled_from([None, 2, 4]), seed=st.integers(0, 999),
+)  # fmt: skip
+def test_every_nm_by_row_comes_back(m, sparsity, groups, rows, bits, seed):
+    weight = layer(rows, m * groups, seed) * (1 + 3 * torch.arange(rows)[:, None])
+    solved = solve(weight, NMByRow(sparsity, m), None if bits is None else Grid(bits, None))
+    layout = Layout(torch.float32, f"n:{m}")
+    tensors, back = roundtrip(solved, layout)
+    assert same_bits(solved.weight, back.weight)
+    kept = back.mask.reshape(rows, -1, m).sum(2)
+    assert bool((kept == kept[:, :1]).all()) and not bool((solved.weight.bool() & ~back.mask).any())
+    symmetric = solved.codes is None or solved.codes.symmetric
+    plan = LayerPlan("l", tuple(weight.shape), layout.pattern, bits, None, symmetric)
+    assert stored_bits(tensors) <= packed_bits(plan, int(back.mask.sum()), value_bits=32)
 
 
 @pytest.mark.parametrize("columns", [5, 17, 31])
@@ -171,6 +189,21 @@ def test_ranks_out_of_range_are_found():
     tensors, entry = CODEC.encode(solved, layout), CODEC.entry(solved, layout)
     with pytest.raises(FormatError, match="index 7 of group 0 is out of range: 4 positions allow 6"):
         CODEC.decode(damaged(tensors, "index", lambda t: t | 7), entry)
+
+
+def test_numbers_kept_by_row_that_do_not_fit_are_found():
+    solved = solve(layer(8, 32), NMByRow(0.5, 16), Grid(4, None))
+    layout = Layout(pattern="n:16")
+    tensors, entry = CODEC.encode(solved, layout), CODEC.entry(solved, layout)
+    for change, words in [
+        (lambda t: t[:-1], "kept must be 8 numbers of at most 16"),
+        (lambda t: t + 16, "kept must be 8 numbers of at most 16"),
+        (lambda t: t.clamp_max(1), "bytes instead of"),
+    ]:
+        with pytest.raises(FormatError, match=words):
+            CODEC.decode(damaged(tensors, "kept", change), entry)
+    with pytest.raises(FormatError, match="cannot have"):
+        CODEC.decode({k: v for k, v in tensors.items() if k != "kept"}, entry)
 
 
 def test_what_does_not_fit_is_refused():

@@ -22,7 +22,13 @@ def build(folder, compiler, sets):
         objects.append(out)
         subprocess.run([*base, *flags, *names, "-c", str(SOURCE / "ops.cpp"), "-o", str(out)], check=True)
     program = folder / "check"
-    rest = [str(SOURCE / "matrix.cpp"), str(SOURCE / "linear.cpp"), str(HERE / "check_ops.cpp"), "-pthread"]
+    rest = [
+        str(SOURCE / "matrix.cpp"),
+        str(SOURCE / "decode.cpp"),
+        str(SOURCE / "linear.cpp"),
+        str(HERE / "check_ops.cpp"),
+        "-pthread",
+    ]
     subprocess.run([*base, *map(str, objects), *rest, "-o", str(program)], check=True)
     return program
 

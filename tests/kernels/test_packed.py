@@ -90,6 +90,39 @@ def test_n_of_16(n, bits):
         check(codes, mask, form, activations(tokens, columns, n), threads=1 + n % 2)
 
 
+def by_row(rows, columns, most, seed=0):
+    """A mask of N:16 with N from 0 to ``most`` for each row."""
+    g = torch.Generator().manual_seed(seed)
+    n = torch.randint(0, most + 1, (rows, 1, 1), generator=g)
+    mask = torch.rand(rows, -(-columns // 16), 16, generator=g).argsort(2) < n
+    return mask.reshape(rows, -1)[:, :columns].contiguous()
+
+
+@pytest.mark.parametrize("most", [0, 3, 8, 16])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_n_of_16_by_row(most, symmetric):
+    for rows, columns, tokens, group in [(1, 64, 1, 64), (21, 200, 11, 32), (70, 256, 17, 128)]:
+        codes = random_codes(rows, columns, 4, group, most, symmetric)
+        check(
+            codes, by_row(rows, columns, most, most), Form("n:16 int4"), activations(tokens, columns, most), threads=2
+        )
+
+
+@pytest.mark.skipif(isa() == "torch", reason="needs the C++ extension")
+def test_strips_of_rows_take_what_they_need():
+    """Rows that keep 2 and 6 by turns: half of the strips have 2 slots, half of them 6."""
+    codes = random_codes(64, 256, 4, 64, symmetric=True)
+    codes.values[codes.values == 8] = 9  # none is zero by chance
+    mask = n_of_16(64, 256, 6)
+    mask[::2] = n_of_16(32, 256, 2)
+    form = choose(codes, mask)
+    assert (form, str(form)) == (Form("n:16 int4"), "N:16 by row int4")
+    sizes = [Packed(codes, mask, f).bytes for f in (form, Form("n:16 int4", 6), Form("n:16 int4", 2, True))]
+    prefix = 64 + 4 * 64  # slots of 4 strips, 64 rows
+    assert sizes[0] == prefix + 4 * 4 * 32 + 256 // 16 * 32 * (2 * 1 + 2 * 3)  # tiles' scales, then pairs of slots
+    assert sizes[0] < 0.8 * sizes[1]
+
+
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_2_of_4(group):
     codes = random_codes(19, 320, 4, group)
@@ -162,6 +195,7 @@ def test_forms_by_pattern():
     assert choose(codes, None).kind == "int4"
     assert choose(codes, n_of_16(64, 256, 4)) == Form("n:16 int4", 4)
     assert choose(codes, n_of_16(64, 256, 5)).slots == 6
+    assert choose(codes, n_of_16(64, 256, 8)).kind == "int4"
     assert choose(codes, n_of_16(64, 256, 12)).kind == "int4"
     g = torch.Generator().manual_seed(0)
     assert choose(codes, torch.rand(64, 256, generator=g) < 0.5).kind == "int4"  # slots would be slower

@@ -5,12 +5,13 @@ import dataclasses
 import pytest
 import torch
 
-from lissom.core import NM, Both, Fixed, Grid, LowRank, Problem, RecipeError, Sparse, Stack, Stacked, Stats
+from lissom.core import NM, Both, Fixed, Grid, LowRank, NMByRow, Problem, RecipeError, Sparse, Stack, Stacked, Stats
 from lissom.methods.prune import METHODS as TABLE
 
 METHODS = {name: method for name, method in TABLE.items() if method.kind == "solver"}
 ROWS, COLUMNS, SAMPLES = 24, 32, 12
 PATTERNS = {"layer": Sparse(0.7), "row": Sparse(0.6, "row"), "2:4": NM(2, 4), "4:16": NM(4, 16)}
+PATTERNS["n:16 by row"] = NMByRow(0.7, 16)
 # a sum of a sparse and a low-rank matrix has no zeros
 DENSE_RESULT = {"oats"}
 
@@ -53,6 +54,10 @@ def test_the_pattern_holds_exactly(name, pattern):
     kept = solved.mask
     if isinstance(constraint, NM):
         assert bool((kept.reshape(ROWS, -1, constraint.m).sum(2) == constraint.n).all())
+    elif isinstance(constraint, NMByRow):
+        counts = kept.reshape(ROWS, -1, constraint.m).sum(2)
+        assert bool((counts == counts[:, :1]).all())
+        assert int(counts[:, 0].sum()) == ROWS * constraint.m - round(constraint.p * ROWS * constraint.m)
     elif constraint.per == "row":
         assert bool(((~kept).sum(1) == round(constraint.p * COLUMNS)).all())
     else:

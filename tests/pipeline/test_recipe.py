@@ -73,6 +73,12 @@ def test_a_list_of_steps_is_a_recipe():
         ([{"use": "sparsegpt", "pattern": "5:4"}], ["N ≤ M"]),
         ([{"use": "sparsegpt", "pattern": "2:4", "sparsity": 0.7}], ["means sparsity 0.5"]),
         ([{"use": "sparsegpt", "pattern": "n:16", "sparsity": 0.7}], ["n:16", "takes N from an allocation"]),
+        ([{"use": "sparsegpt", "pattern": "n:16 by row"}], ["needs 2 ≤ M ≤ 32 and a sparsity"]),
+        ([{"use": "sparsegpt", "pattern": "n:16 by rows", "sparsity": 0.7}], ["'n:16 by row', not 'n:16 by rows'"]),
+        (
+            [{"use": "wanda", "pattern": "n:16 by row", "sparsity": 0.7}],
+            ["chooses how much each row keeps", "leave out per"],
+        ),
         ([{"use": "owl"}, {"use": "sparsegpt", "pattern": "2:4"}], ["leaves owl nothing to share", "n:4"]),
         ([{"use": "owl"}, {"use": "flap"}], ["owl before it shares the budget", "directly before that"]),
         ([{"use": "rtn", "bits": 9}], ["bits", "9"]),

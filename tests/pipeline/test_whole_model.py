@@ -109,6 +109,24 @@ def test_n_of_m_in_shots_with_budgets_of_each_layer(trained, tmp_path):
     assert made["sparsity"] == pytest.approx(0.7, abs=0.03)
 
 
+def test_n_of_m_by_row_in_shots_with_int4_behind_it(trained, tmp_path):
+    """Each row of what was saved keeps equally many of each 16 inputs, rows keep unequally, and rows by Fisher may be compared."""
+    steps = [
+        {"use": "loss-clusters"},
+        {"use": "sparsegpt", "sparsity": 0.7, "pattern": "n:16 by row", "shots": 2, "row_fisher": 0.5},
+        {"use": "gptq", "bits": 4, "group_size": 32},
+    ]
+    made = lissom.compress(trained, tmp_path / "out", steps, overrides=[*SMALL, "format=packed"])
+    assert {r["pattern"] for r in made["layers"]} == {"n:16"}
+    assert made["sparsity"] == pytest.approx(0.7, abs=0.01)
+    saved = open_model(tmp_path / "out")
+    for r in made["layers"]:
+        layer = saved.layer(r["name"])
+        kept = layer.mask.reshape(len(layer.mask), -1, 16).sum(2)
+        assert bool((kept == kept[:, :1]).all()) and len(kept.unique()) > 1
+        assert not layer.weight[~layer.mask].any()
+
+
 def test_a_run_of_shots_that_is_killed_ends_with_the_same_bytes(trained, tmp_path, monkeypatch):
     from lissom.pipeline import shots
 

@@ -92,6 +92,38 @@ def test_spill_lists_and_binary_weights_are_mapped_too():
         extension.Matrix.borrow(77, *matrix.parts[1:-1], 0, np.array(matrix.data))
 
 
+def test_strips_with_slots_of_their_own_are_mapped_and_checked():
+    import torch
+
+    from lissom.kernels import Form, Packed
+    from lissom.run.load import rounded
+
+    g = torch.Generator().manual_seed(0)
+    codes = rounded(torch.randn(40, 128, generator=g))
+    codes.values.clamp_(121, 135).sub_(120)
+    codes = type(codes)(codes.values, codes.scale, torch.full_like(codes.zero, 8.0), 4, codes.group_size)
+    mask = torch.rand(40, 8, 16, generator=g).argsort(2) < torch.arange(40)[:, None, None] % 9
+    matrix = Packed(codes, mask.reshape(40, 128), Form("n:16 int4")).matrix
+    data = np.array(matrix.data)
+    y, z = np.empty((3, 40), np.float32), np.empty((3, 40), np.float32)
+    x = torch.randn(3, 128, generator=g).numpy()
+    matrix.linear(x, y)
+    again = extension.Matrix.borrow(*matrix.parts, data)
+    again.linear(x, z)
+    assert np.array_equal(y, z) and again.bytes == matrix.bytes
+    with pytest.raises(ValueError, match="cut short"):
+        extension.Matrix.borrow(*matrix.parts, data[:-1])
+    for at, value, words in [(0, 3, "slots"), (2, 18, "slots"), (1, 0, "slots"), (64, 40, "order"), (67, 255, "order")]:
+        spoilt = data.copy()
+        spoilt[at] = value
+        with pytest.raises(ValueError, match=words):
+            extension.Matrix.borrow(*matrix.parts, spoilt)
+    spoilt = data.copy()
+    spoilt[64:68] = spoilt[68:72]  # one row twice
+    with pytest.raises(ValueError, match="order"):
+        extension.Matrix.borrow(*matrix.parts, spoilt)
+
+
 @pytest.mark.parametrize("damage", ["cut", "header", "magic", "empty"])
 def test_damaged_images_are_refused_and_made_again(damage, llama, cache):
     expected = generate(open_runner(str(llama), context=64), "class", max_tokens=5)

@@ -56,6 +56,7 @@ __all__ = [
     "LowRank",
     "Masked",
     "Method",
+    "NMByRow",
     "NumericalError",
     "Orthogonal",
     "OutputError",

@@ -184,6 +184,35 @@ class NM:
 
 
 @dataclass(frozen=True)
+class NMByRow:
+    """Semi-structured sparsity with N chosen for each row: N_r of every ``m`` consecutive inputs of row r, in the mean (1 − p)·m.
+
+    The scores kept are the largest that such rows can keep: the k-th best weights of a row's groups, added up, are what a k-th
+    place in each of them is worth; that falls with k, so the best places over all rows are a choice of N_r.
+    """
+
+    p: float
+    m: int
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.p < 1 and 1 <= self.m <= 32):
+            raise ValueError(f"N:M by row needs a sparsity in [0, 1) and 1 ≤ M ≤ 32, not {self.p} and {self.m}")
+
+    width = 0
+    local = False
+
+    def select(self, score: Tensor, at: int = 0) -> Tensor:
+        rows, columns = score.shape
+        if columns % self.m:
+            raise ValueError(f"groups of {self.m} do not divide {columns} columns")
+        best, order = score.reshape(rows, -1, self.m).sort(dim=2, descending=True)
+        worth = best.sum(1)  # (rows, m): of the k-th place
+        n = keep_largest(worth.reshape(1, -1), round(self.p * worth.numel())).reshape(worth.shape).sum(1)
+        places = (torch.arange(self.m) < n[:, None])[:, None].expand_as(order)
+        return torch.empty_like(places).scatter_(2, order, places).reshape(rows, columns)
+
+
+@dataclass(frozen=True)
 class Fixed:
     """A mask chosen before: ``mask`` bool (out, in), True = keep."""
 
@@ -208,7 +237,7 @@ class Both:
     ``worth``: (out,) positive, what the scores of a row count beside those of other rows.
     """
 
-    pattern: Sparse | NM | Fixed | None = None
+    pattern: Sparse | NM | NMByRow | Fixed | None = None
     grid: Grid | None = None
     within: Tensor | None = None
     worth: Tensor | None = None
@@ -230,7 +259,7 @@ class Both:
         return Stack(((w.shape[0], self),)).project(w, score)
 
 
-Constraint = Sparse | NM | Fixed | Grid | Both
+Constraint = Sparse | NM | NMByRow | Fixed | Grid | Both
 
 
 def both(constraint: Constraint | None) -> Both:

@@ -3,7 +3,7 @@
 # ruff: noqa: F401
 
 from .block import BlockForward, BlockProblem
-from .constraint import NM, Both, Constraint, Fixed, Pattern, Sparse, Stack, both, keep_largest
+from .constraint import NM, Both, Constraint, Fixed, NMByRow, Pattern, Sparse, Stack, both, keep_largest
 from .factor import Factor, Side, damped, factorise, side
 from .finite import is_finite
 from .grid import Codes, Grid, GridParams

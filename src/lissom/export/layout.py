@@ -37,13 +37,19 @@ class Layout:
 
 
 def parse_pattern(pattern: str) -> tuple[int, int] | None:
-    """(N, M) of an N:M pattern, None for "dense" and "unstructured"; anything else is a :class:`FormatError`."""
-    if pattern in ("dense", "unstructured"):
+    """(N, M) of an N:M pattern, None for "dense", "unstructured" and "n:M"; anything else is a :class:`FormatError`."""
+    if pattern in ("dense", "unstructured") or row_group(pattern):
         return None
     found = re.fullmatch(r"(\d+):(\d+)", pattern)
     if found and 1 <= int(found[1]) <= int(found[2]) <= 32:
         return int(found[1]), int(found[2])
-    raise FormatError(f"unknown pattern {pattern!r}; it is dense, unstructured or N:M with 1 ≤ N ≤ M ≤ 32")
+    raise FormatError(f"unknown pattern {pattern!r}; it is dense, unstructured, N:M with 1 ≤ N ≤ M ≤ 32, or n:M")
+
+
+def row_group(pattern: str) -> int | None:
+    """M of "n:M", where every row has an N of its own; None for other patterns."""
+    found = re.fullmatch(r"n:(\d+)", pattern)
+    return int(found[1]) if found and 1 <= int(found[1]) <= 32 else None
 
 
 @dataclass(frozen=True)
@@ -69,8 +75,8 @@ class LayerPlan:
 class StoredLayer:
     """A layer read back: ``codes`` with zero codes where the pattern has zeros (None: not quantized).
 
-    ``mask`` (out, in) bool, False where the file stores nothing, None when dense. For N:M it has exactly N true
-    positions in each group of M, so a group with more zeros than the pattern asks for keeps positions whose
+    ``mask`` (out, in) bool, False where the file stores nothing, None when dense. For N:M (n:M: for
+    each row) it has exactly N true positions in each group of M, so a group with more zeros than the pattern asks for keeps positions whose
     weight is zero. ``values`` fp32 (out, in) when there are no codes. ``form``: what they decode from, when it is neither
     codes nor plain weights.
     """

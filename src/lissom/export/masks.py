@@ -1,7 +1,7 @@
 """Which weights of a layer are stored: masks as streams, and entries picked by them or put back.
 
 A mask (out, in) is written as the smallest of: nothing (all weights stored), one bit a weight, blocks of counts and ranks;
-for N:M as the rank of the N kept positions of every group of M inputs. "Wide": columns padded to whole groups.
+for N:M as the rank of the N kept positions of every group of M inputs; for n:M, whose rows each have an N, behind those. "Wide": columns padded to whole groups.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from .bits import (
     unpack_ragged,
     unrank,
 )
-from .layout import parse_pattern
+from .layout import parse_pattern, row_group
 
 RANK_WIDTHS = np.array([(comb(MAX_GROUP, k) - 1).bit_length() for k in range(MAX_GROUP + 1)])
 COUNT_BITS = 6
-MASK_NAMES = ("mask", "counts", "ranks", "index")
+MASK_NAMES = ("mask", "counts", "ranks", "kept", "index")
 
 
 def write_mask(
@@ -42,8 +42,14 @@ def write_mask(
     costs; ``hint``: positions that fill up the groups of N:M first. Raises :class:`FormatError` when a group has too many.
     """
     nm = parse_pattern(pattern)
+    if m := row_group(pattern):
+        kept = _widen(nonzero, m).reshape(len(nonzero), -1, m).sum(2).max(1)
+        n = kept.repeat(-(-nonzero.shape[1] // m))
+        keep = _fill(nonzero, n, m, hint)
+        index = pack_ragged(rank(keep.reshape(-1, m)), _index_widths(m)[n])
+        return {"kept": torch.from_numpy(kept.astype(np.uint8)), "index": torch.from_numpy(index)}, keep
     if nm is not None:
-        keep = _fill(nonzero, nm, hint)
+        keep = _fill(nonzero, np.full(len(nonzero) * -(-nonzero.shape[1] // nm[1]), nm[0]), nm[1], hint)
         index = rank(keep.reshape(-1, nm[1]))
         return {"index": torch.from_numpy(pack_bits(index, rank_width(nm[1], nm[0])))}, keep
     if pattern == "dense":
@@ -57,7 +63,13 @@ def read_mask(tensors: Mapping[str, Tensor], shape: tuple[int, int], pattern: st
     rows, columns = shape
     total, nm = rows * columns, parse_pattern(pattern)
     found = [name for name in MASK_NAMES if name in tensors]
-    legal = [["index"]] if nm else [[], ["mask"], ["counts", "ranks"]] if pattern == "unstructured" else [[]]
+    by_row = row_group(pattern)
+    legal = (
+        [["index"]] if nm
+        else [["kept", "index"]] if by_row
+        else [[], ["mask"], ["counts", "ranks"]] if pattern == "unstructured"
+        else [[]]
+    )  # fmt: skip
     if found not in legal:
         raise FormatError(f"a {pattern} layer cannot have the tensors {', '.join(found) or 'of a dense one'}")
     arrays = {name: tensors[name].numpy() for name in found}
@@ -70,6 +82,13 @@ def read_mask(tensors: Mapping[str, Tensor], shape: tuple[int, int], pattern: st
         if flat[total:].any():
             raise FormatError("the mask has weights behind the end of the layer")
         return flat[:total].reshape(rows, columns)
+    if by_row:
+        kept = arrays["kept"].astype(np.int64)
+        if kept.shape != (rows,) or (rows and int(kept.max()) > by_row):
+            raise FormatError(f"kept must be {rows} numbers of at most {by_row}, one for each row")
+        n = kept.repeat(-(-columns // by_row))
+        ranks = unpack_ragged(arrays["index"], _index_widths(by_row)[n])
+        return unrank(ranks, by_row, n).reshape(rows, -1)
     if "index" in arrays and nm:
         groups = rows * -(-columns // nm[1])
         ranks = unpack_bits(arrays["index"], rank_width(nm[1], nm[0]), groups).astype(np.int64)
@@ -115,24 +134,30 @@ def _widen(mask: NDArray[np.bool_], m: int) -> NDArray[np.bool_]:
     return np.pad(mask, ((0, 0), (0, -mask.shape[1] % m)))
 
 
-def _fill(nonzero: NDArray[np.bool_], nm: tuple[int, int], hint: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
-    """Exactly N kept positions in each group of M: the non-zeros, then the hint's, then the first ones."""
-    n, m = nm
+def _index_widths(m: int) -> NDArray[np.int64]:
+    """Bits of a rank of n positions among ``m``, for n = 0 … m."""
+    return np.array([rank_width(m, n) for n in range(m + 1)])
+
+
+def _fill(
+    nonzero: NDArray[np.bool_], n: NDArray[np.int64], m: int, hint: NDArray[np.bool_] | None
+) -> NDArray[np.bool_]:
+    """Exactly ``n`` (groups,) kept positions in each group of ``m``: the non-zeros, then the hint's, then the first ones."""
     keep = _widen(nonzero, m).reshape(-1, m)
     counts = keep.sum(1)
-    if int(counts.max()) > n:
-        bad = int((counts > n).sum())
+    if (counts > n).any():
+        bad, most = int((counts > n).sum()), int(n.max())
         raise FormatError(
-            f"{bad} of {counts.size} groups of {m} inputs hold more than {n} non-zeros: not an {n}:{m} layer"
+            f"{bad} of {counts.size} groups of {m} inputs hold more than {most} non-zeros: not an {most}:{m} layer"
         )
-    if int(counts.min()) < n:
+    if (counts < n).any():
         short = counts < n
         priority = 2 * keep[short].astype(np.int8)
         if hint is not None:
             priority += _widen(hint, m).reshape(-1, m)[short]
-        order = np.argsort(-priority, axis=1, kind="stable")[:, :n]
+        order = np.argsort(-priority, axis=1, kind="stable")
         chosen = np.zeros_like(priority, bool)
-        np.put_along_axis(chosen, order, True, 1)
+        np.put_along_axis(chosen, order, np.arange(m) < n[short, None], 1)
         keep = keep.copy()
         keep[short] = chosen
     return keep.reshape(nonzero.shape[0], -1)

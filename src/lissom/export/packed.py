@@ -8,6 +8,7 @@ nothing else           every weight is stored
 ``counts``, ``ranks``  the same mask in blocks of 63 weights: how many are non-zero, and which (smaller above
                        about 62% sparsity, and never below the entropy by more than the rounding of ranks)
 ``index``              N:M: rank of the N kept positions of every group of M inputs; N weights a group are stored
+``kept``, ``index``    n:M: the same with an N for each row
 =====================  ==========================================================================
 
 The stored weights are ``codes`` of ``bits`` bits, or ``values`` in the artefact's dtype, in row-major order. Any other form
@@ -37,6 +38,7 @@ from .layout import (
     describe,
     need,
     parse_pattern,
+    row_group,
     shape_of,
     stored_values,
 )
@@ -171,7 +173,7 @@ def _shape(solved: Solved) -> tuple[int, int]:
 def packed_bits(plan: LayerPlan, nonzeros: int, value_bits: int = 16, symmetric: bool | None = None) -> int:
     """Bits that :class:`Packed` needs at most for a layer with ``nonzeros`` non-zero weights, each stream in whole bytes.
 
-    Exact for dense and N:M; for unstructured masks an upper bound, reached below about 62% sparsity.
+    Exact for dense and N:M; for n:M and unstructured masks an upper bound, reached below about 62% sparsity.
     """
     rows, columns = plan.shape
     width = plan.bits or value_bits
@@ -181,6 +183,11 @@ def packed_bits(plan: LayerPlan, nonzeros: int, value_bits: int = 16, symmetric:
     if nm:
         groups = rows * -(-columns // nm[1])
         stored, mask = groups * nm[0], 8 * stream_bytes(groups, rank_width(nm[1], nm[0]))
+    elif m := row_group(plan.pattern):
+        groups = rows * -(-columns // m)
+        # rows with other N than the mean have shorter ranks in the mean, up to the rounding to bits
+        widest = max(rank_width(m, nonzeros // groups), rank_width(m, -(-nonzeros // groups)))
+        stored, mask = nonzeros, 8 * rows + 8 * stream_bytes(groups, 1 + widest)
     elif plan.pattern == "unstructured" and total + nonzeros * width < total * width:
         stored, mask = nonzeros, 8 * stream_bytes(total, 1)
     out = mask + 8 * stream_bytes(stored, width)
@@ -201,7 +208,7 @@ def expected_bytes(plan: LayerPlan, nonzeros: float) -> float:
     rows, columns = plan.shape
     total = rows * columns
     stored, mask = float(total), 0.0
-    if plan.pattern == "unstructured":
+    if plan.pattern == "unstructured" or row_group(plan.pattern):
         each = min(1.0, _ranked_mask_bits(nonzeros / total))
         if each * total + nonzeros * plan.bits < total * plan.bits:
             stored, mask = nonzeros, each * total

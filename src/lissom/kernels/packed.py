@@ -4,6 +4,7 @@ Packing happens at load, from neutral arrays; files never hold these layouts. Th
 come from measurements on a two-core AVX2 machine (benchmarks/RUNTIME.md):
 
 - dense tiles unless the zeros pay for their positions: N:16 needs 8·N/16 bits a weight, dense int4 needs 4;
+- rows that keep unequally are sorted by what they need, and every strip of 16 rows takes its own N;
 - masks without structure get N slots for each 16 inputs and a list of what spills over, which pays from
   about 80% zeros. The form is never slower than dense: where it would be, the zeros are stored.
 """
@@ -28,14 +29,17 @@ _DENSE_COST = 0.54  # time of one weight of a dense int4 tile in slots
 
 @dataclass(frozen=True)
 class Form:
-    """How a layer is packed: ``kind`` of :data:`KINDS`, ``slots`` of 16 inputs, and whether weights may spill."""
+    """How a layer is packed: ``kind`` of :data:`KINDS`, ``slots`` of 16 inputs (0 with "n:16 int4": what each strip of 16 rows
+    with alike needs takes), and whether weights may spill."""
 
     kind: str
     slots: int = 0
     spill: bool = False
 
     def __str__(self) -> str:
-        return self.kind.replace("n:16", f"{self.slots}:16") + (" + spill" if self.spill else "")
+        return self.kind.replace("n:16", f"{self.slots}:16" if self.slots else "N:16 by row") + (
+            " + spill" if self.spill else ""
+        )
 
 
 def tile_columns(codes: Codes) -> int:
@@ -68,6 +72,10 @@ def choose(codes: Codes, mask: Tensor | None) -> Form:
         here = slots + _SPILL_COST * over
         if here < cost:
             best, cost = Form("n:16 int4", slots, most > slots), here
+    need = counts.reshape(rows, -1).amax(1).sort(descending=True).values[::16]  # of the strips of rows sorted by it
+    here = float(((need + 1) // 2 * 2).clamp_min(2).float().mean())
+    if here < min(cost, 7):
+        best = Form("n:16 int4")
     if best == dense and codes.bits == 4 and int(kept.reshape(-1, 4).sum(1).max()) <= 2:
         return Form("2:4 int4", 8)
     return best

@@ -17,8 +17,8 @@ _UNITS = {"element": (1, 1), "row": (1, 0), "column": (0, 1)}
 class ConstraintSettings:
     """Settings that every solver shares.
 
-    ``sparsity`` in [0, 1) or None; ``pattern`` "unstructured", "N:M" (then sparsity follows), or "n:16" (N chosen for
-    each layer by the allocation); ``per`` "layer", "row" or "global" (one threshold over all layers);
+    ``sparsity`` in [0, 1) or None; ``pattern`` "unstructured", "N:M" (then sparsity follows), "n:16" (N chosen for
+    each layer by the allocation), or "n:16 by row" (N chosen for each row by what it loses); ``per`` "layer", "row" or "global" (one threshold over all layers);
     ``unit`` of weights that go together: "element", "row", "column", or a block such as "4x1" (rows x inputs);
     ``shots``: passes over the model in which the sparsity is reached, by ``schedule`` linear|cubic, statistics and scores taken anew
     in each; ``row_fisher``: the exponent to which rows' scores are multiplied by the power E[g²] of the loss's gradient at their
@@ -50,6 +50,17 @@ class ConstraintSettings:
         """M of "n:M", a pattern whose N the allocation chooses for each layer."""
         match = re.fullmatch(r"n:(\d+)", self.pattern)
         return int(match[1]) if match else None
+
+    @property
+    def row_m(self) -> int | None:
+        """M of "n:M by row", a pattern whose N is chosen for each row."""
+        match = re.fullmatch(r"n:(\d+) by row", self.pattern)
+        return int(match[1]) if match else None
+
+    @property
+    def group(self) -> int | None:
+        """M of any pattern of N of M."""
+        return self.nm[1] if self.nm else self.free_m or self.row_m
 
     @property
     def shape(self) -> tuple[int, int] | None:
@@ -87,6 +98,8 @@ def pruning_problems(step: Step, allocation: Step | None, before: Sequence[Step]
             yield f"{step.name} removes one weight at a time; use unit=element or another method"
     if allocation is not None and "score" in allocation.method.needs and method.score is None:
         yield f"{step.name} chooses by no score that layers could be compared by; leave out per: global ({allocation.name})"
+    if c.row_m and c.per == "row":
+        yield f"pattern {c.pattern} chooses how much each row keeps, and per row keeps as much in each; leave out per"
     if c.row_fisher < 0:
         yield f"row_fisher must be at least 0, not {c.row_fisher:g}"
     elif c.row_fisher and (c.nm or c.free_m or c.per == "row"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ..core import NM, Both, Budget, Grid, Sparse
+from ..core import NM, Both, Budget, Grid, NMByRow, Sparse
 from ..models import Linear
 from .constraints import ConstraintSettings
 
@@ -34,13 +34,15 @@ def constraint_for(layer: Linear, settings: ConstraintSettings, budget: Budget |
         else:
             sparsity = budget.values[layer.name]
             bits = budget.bits.get(layer.name, bits)
-    pattern: Sparse | NM | None = None
+    pattern: Sparse | NM | NMByRow | None = None
     if settings.nm:
         n, m = settings.nm
         pattern = NM(n, m) if n < m else None
     elif settings.free_m:
         n = round((1 - sparsity) * settings.free_m)
         pattern = NM(max(n, 1), settings.free_m) if n < settings.free_m else None
+    elif settings.row_m and sparsity > 0:
+        pattern = NMByRow(sparsity, settings.row_m)
     elif sparsity > 0:
         pattern = Sparse(sparsity, "row" if settings.per == "row" else "layer", settings.shape or (1, 1))
     grid = None

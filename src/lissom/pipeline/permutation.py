@@ -34,8 +34,8 @@ def _of_pruning(recipe: Recipe) -> tuple[int, int] | None:
     """The first N:M that the recipe prunes to; of a free N the one that its sparsity means on average."""
     for step in recipe.steps:
         c = step.constraint
-        if c.prunes and (c.nm or c.free_m):
-            return c.nm or (max(1, round((1 - c.target) * c.free_m)), c.free_m)  # type: ignore[return-value,operator]
+        if c.prunes and c.group:
+            return c.nm or (max(1, round((1 - c.target) * c.group)), c.group)
     return None
 
 

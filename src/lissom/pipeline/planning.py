@@ -154,7 +154,7 @@ def _misfits(step: Step, layers: list[Linear], warnings: list[str]) -> Iterator[
             yield f"{step.name}: {expression!r} matches no layer of this model (roles: {roles}; first name: {layers[0].name})"
     if not touched:
         yield f"{step.name}: no layer is left to work on"
-    m = c.nm[1] if c.nm else c.free_m
+    m = c.group
     if m:
         bad = [layer for layer in touched if layer.columns % m]
         if bad:
@@ -195,7 +195,7 @@ def _stored_as(layer: Linear, solvers: list[Step], transposed: bool) -> LayerPla
         c = step.constraint
         if wanted(layer, c):
             if c.prunes:
-                pattern = c.pattern if c.nm else "unstructured"
+                pattern = c.pattern if c.nm else f"n:{c.row_m}" if c.row_m else "unstructured"
             if c.bits != 16:
                 bits, symmetric = c.bits, c.symmetric
                 size = c.group_size if 0 < c.group_size < layer.columns else None

@@ -300,15 +300,17 @@ def _check(recipe: Recipe) -> list[str]:
                     f"{where}: pattern {c.pattern} means sparsity {1 - n / m:g}, not {c.sparsity:g}; "
                     "drop one of them, or set pattern=unstructured"
                 )
-        elif c.free_m:
-            if not 2 <= c.free_m <= 32 or not c.sparsity:
+        elif c.free_m or c.row_m:
+            if not 2 <= (c.group or 0) <= 32 or not c.sparsity:
                 out.append(f"{where}: pattern {c.pattern} needs 2 ≤ M ≤ 32 and a sparsity")
-            elif pending is None:
+            elif c.free_m and pending is None:
                 out.append(
                     f"{where}: pattern {c.pattern} takes N from an allocation; put one before the step, such as uniform or loss-clusters"
                 )
         elif c.pattern != "unstructured":
-            out.append(f"{where}: pattern must be 'unstructured', 'N:M' such as '2:4', or 'n:16', not {c.pattern!r}")
+            out.append(
+                f"{where}: pattern must be 'unstructured', 'N:M' such as '2:4', 'n:16', or 'n:16 by row', not {c.pattern!r}"
+            )
         if c.nm and pending and pending.name != "bits":
             out.append(
                 f"{where}: pattern {c.pattern} leaves {pending.name} nothing to share; "
@@ -329,7 +331,7 @@ def _check(recipe: Recipe) -> list[str]:
         if c.bits != 16 and "codes" not in step.method.makes:
             out.append(f"{where}: {step.name} does not quantize; add a quantization step after it")
         first = not any(s.method.kind == "solver" for s in recipe.steps[:i])
-        idle = c.sparsity is None and not c.nm and not c.free_m and c.bits == 16
+        idle = c.sparsity is None and not c.group and c.bits == 16
         if first and idle and "zeros" in step.method.makes:
             out.append(
                 f"{where}: changes nothing; give it a sparsity, a pattern or bits, or put it after a pruning step"

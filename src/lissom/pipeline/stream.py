@@ -27,6 +27,7 @@ from ..core import (
     Budget,
     Factor,
     Fixed,
+    NMByRow,
     NumericalError,
     Pattern,
     Problem,
@@ -309,6 +310,8 @@ def _pattern(pattern: Pattern | None, before: str) -> str:
     """The pattern of a layer after a step: steps that keep an earlier mask keep its N:M."""
     if isinstance(pattern, NM):
         return f"{pattern.n}:{pattern.m}"
+    if isinstance(pattern, NMByRow):
+        return f"n:{pattern.m}"
     if isinstance(pattern, Fixed) and before != "dense":
         return before
     return "dense" if pattern is None else "unstructured"

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from lissom.core import NM, Both, Grid, Problem, Sparse, Stack, Stats, damped
+from lissom.core import NM, Both, Grid, NMByRow, Problem, Sparse, Stack, Stats, damped
 from lissom.methods.prune import METHODS
 from lissom.methods.prune.alps import ALPS, admm, alps
 from lissom.methods.prune.refit import Refit, refit
@@ -63,7 +63,7 @@ def test_rows_with_nothing_kept_and_everything_kept():
         assert not weight[0].any() and torch.equal(weight[1], W[1]) and weight[2, :5].abs().min() > 0
 
 
-@pytest.mark.parametrize("pattern", [Sparse(0.7), Sparse(0.7, "row"), NM(2, 4), NM(4, 16)])
+@pytest.mark.parametrize("pattern", [Sparse(0.7), Sparse(0.7, "row"), NM(2, 4), NM(4, 16), NMByRow(0.7, 16)])
 def test_alps_beats_sparsegpt_and_its_refit(pattern):
     W, stats = correlated(48, 64, 800)
     problem = Problem.of(W, stats, pattern)

@@ -11,7 +11,7 @@ Engine::Engine(const Spec &spec, int threads, const Ops *ops) : spec_(spec), poo
     cache.configure(spec.layers, spec.kv_heads, spec.head_dim, spec.blocks, spec.slots, spec.cache_bits);
     attention_.configure(spec.heads, spec.kv_heads, spec.head_dim, spec.attention_scale, spec.window);
     tickets_ = std::make_unique<Ticket[]>(5 * (size_t)spec.layers + 1);
-    scratch_.resize(threads), strip_.resize(threads), strip2_.resize(threads);
+    scratch_.resize(threads), strip_.resize(threads);
 }
 
 int Engine::Input::at(int G) const {
@@ -61,7 +61,7 @@ void Engine::Input::strip(const Ops *ops, const Layer &layer, int s, int tokens,
         ops->bcq(m.data + s * m.strip_bytes(), m.tiles, m.G, m.bits, sums[j].data() + (size_t)t * m.columns * 8, acts, t, out + t * ROWS);
 }
 
-// sink(layer index, first row, rows, out (tokens, 16)) for every strip of the layers
+// sink(layer index, its rows, out (tokens, 16)) for every strip of the layers
 template <class Sink>
 void Engine::multiply(Ticket &ticket, const Layer *layers, int count, const Input &in, int tokens, int thread, Sink sink) {
     int total = 0;
@@ -72,7 +72,7 @@ void Engine::multiply(Ticket &ticket, const Layer *layers, int count, const Inpu
             int i = 0, strip = s;
             while (strip >= layers[i].strips()) strip -= layers[i++].strips();
             in.strip(ops_, layers[i], strip, tokens, out);
-            sink(i, strip * ROWS, std::min(ROWS, layers[i].rows() - strip * ROWS), out);
+            sink(i, layers[i].where(strip), out);
         }
 }
 
@@ -84,23 +84,6 @@ void Engine::rotate(float *x, int token, const std::vector<float> &gain) {
         const float a = x[i], b = x[i + half];
         x[i] = a * c[i] - b * s[i], x[i + half] = b * c[i] + a * s[i];
     }
-}
-
-// inner = silu(gate) * up. A run of strips of one matrix is read before the same run of the other: memory gives most when it is
-// read in order, and then the two halves meet in the cache.
-void Engine::gate_up(Ticket &ticket, const Block &w, int thread) {
-    const int together = together_, strips = w.gate.strips(), size = n_ * ROWS;
-    float *gate = strip_[thread].data(), *up = strip2_[thread].data();
-    for (int from, to; ticket.guided(strips, pool_.threads(), from, to);)
-        for (int start = from; start < to; start += together) {
-            const int count = std::min(together, to - start);
-            for (int i = 0; i < count; i++) in_.strip(ops_, w.gate, start + i, n_, gate + i * size);
-            for (int i = 0; i < count; i++) in_.strip(ops_, w.up, start + i, n_, up + i * size);
-            ops_->silu_mul(gate, up, count * size);
-            for (int i = 0; i < count; i++)
-                for (int r = (start + i) * ROWS, t = 0; t < n_; t++)
-                    std::memcpy(&inner_[(size_t)t * spec_.inner + r], gate + i * size + t * ROWS, std::min(ROWS, spec_.inner - r) * sizeof(float));
-        }
 }
 
 // Rotates the queries that share key/value head `head`, rotates its key and stores key and value.
@@ -138,11 +121,12 @@ void Engine::run(int thread, float *logits) {
         }
         pool_.barrier();
         const int first[3] = {0, m.heads * m.head_dim, (m.heads + m.kv_heads) * m.head_dim};
-        multiply(ticket[0], w.qkv, 3, in_, n_, thread, [&](int i, int r, int rows, const float *out) {
-            const int at = first[i] + r;
+        multiply(ticket[0], w.qkv, 3, in_, n_, thread, [&](int i, Where r, const float *out) {
             for (int t = 0; t < n_; t++)
-                for (int j = 0; j < rows; j++)
-                    qkv_[(size_t)t * row + at + j] = out[t * ROWS + j] + (w.bias.empty() ? 0.0f : w.bias[at + j]);
+                for (int j = 0; j < r.count; j++) {
+                    const int at = first[i] + r[j];
+                    qkv_[(size_t)t * row + at] = out[t * ROWS + j] + (w.bias.empty() ? 0.0f : w.bias[at]);
+                }
         });
         pool_.barrier();
         for (int i = thread; i < n_ * m.kv_heads; i += threads) heads_of(layer, i / m.kv_heads, i % m.kv_heads);
@@ -156,9 +140,9 @@ void Engine::run(int thread, float *logits) {
         }
         pool_.barrier();
         const auto add = [&](const std::vector<float> &bias) {
-            return [&](int, int r, int rows, const float *out) {
+            return [&](int, Where r, const float *out) {
                 for (int t = 0; t < n_; t++)
-                    for (int j = 0; j < rows; j++) x_[(size_t)t * m.width + r + j] += out[t * ROWS + j] + (bias.empty() ? 0.0f : bias[r + j]);
+                    for (int j = 0; j < r.count; j++) x_[(size_t)t * m.width + r[j]] += out[t * ROWS + j] + (bias.empty() ? 0.0f : bias[r[j]]);
             };
         };
         multiply(ticket[2], &w.o, 1, o_in_, n_, thread, add(w.o_bias));
@@ -168,9 +152,16 @@ void Engine::run(int thread, float *logits) {
             in_.set(ops_, t, tmp, m.width, w.grid[2]);
         }
         pool_.barrier();
-        gate_up(ticket[3], w, thread);
+        multiply(ticket[3], w.gate_up, 2, in_, n_, thread, [&](int i, Where r, const float *out) {
+            for (int t = 0; t < n_; t++)
+                for (int j = 0; j < r.count; j++) gate_up_[(size_t)(2 * t + i) * m.inner + r[j]] = out[t * ROWS + j];
+        });
         pool_.barrier();
-        for (int t = thread; t < n_; t += threads) down_in_.set(ops_, t, &inner_[(size_t)t * m.inner], m.inner, w.grid[3]);
+        for (int t = thread; t < n_; t += threads) {
+            float *gate = &gate_up_[2 * (size_t)t * m.inner];
+            ops_->silu_mul(gate, gate + m.inner, m.inner);
+            down_in_.set(ops_, t, gate, m.inner, w.grid[3]);
+        }
         pool_.barrier();
         const std::vector<float> none;
         multiply(ticket[4], &w.down, 1, down_in_, n_, thread, add(none));
@@ -183,8 +174,9 @@ void Engine::run(int thread, float *logits) {
     }
     pool_.barrier();
     const Layer last{head};
-    multiply(*ticket, &last, 1, head_in_, wanted, thread, [&](int, int r, int rows, const float *out) {
-        for (int i = 0; i < wanted; i++) std::memcpy(logits + (size_t)i * m.vocabulary + r, out + i * ROWS, rows * sizeof(float));
+    multiply(*ticket, &last, 1, head_in_, wanted, thread, [&](int, Where r, const float *out) {
+        for (int i = 0; i < wanted; i++)
+            for (int j = 0; j < r.count; j++) logits[(size_t)i * m.vocabulary + r[j]] = out[i * ROWS + j];
     });
 }
 
@@ -212,16 +204,15 @@ void Engine::step(const int *tokens, const int *slots, const int *positions, con
     const auto grow = [](std::vector<float> &v, size_t size) {
         if (v.size() < size) v.resize(size);
     };
-    grow(x_, (size_t)n * m.width), grow(inner_, (size_t)n * m.inner);
+    grow(x_, (size_t)n * m.width), grow(gate_up_, 2 * (size_t)n * m.inner);
     grow(qkv_, (size_t)n * (m.heads + 2 * m.kv_heads) * m.head_dim);
     grow(cosine_, (size_t)n * m.rotary / 2), grow(sine_, (size_t)n * m.rotary / 2);
-    together_ = std::max(1, 32 / n);
     for (int i = 0; i < pool_.threads(); i++)
-        grow(strip_[i], (size_t)together_ * n * ROWS), grow(strip2_[i], (size_t)together_ * n * ROWS), grow(scratch_[i], (size_t)std::max(m.width, m.heads * m.head_dim));
+        grow(strip_[i], (size_t)n * ROWS), grow(scratch_[i], (size_t)std::max(m.width, m.heads * m.head_dim));
     // one table for all layers: every tile width that occurs gets its own copy of the activations
     std::vector<Layer> in, o, down;
     for (const Block &b : blocks) {
-        in.insert(in.end(), {b.qkv[0], b.qkv[1], b.qkv[2], b.gate, b.up});
+        in.insert(in.end(), {b.qkv[0], b.qkv[1], b.qkv[2], b.gate_up[0], b.gate_up[1]});
         o.push_back(b.o), down.push_back(b.down);
     }
     in_.prepare(in, n, m.width), o_in_.prepare(o, n, m.heads * m.head_dim), down_in_.prepare(down, n, m.inner);

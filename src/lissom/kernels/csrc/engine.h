@@ -32,7 +32,7 @@ struct Block {
     std::vector<float> norm1, norm2, q_norm, k_norm; // q_norm, k_norm: (head_dim) or empty
     std::vector<float> bias;                         // of q, k, v rows, or empty
     std::vector<float> o_bias;
-    Layer qkv[3], o, gate, up, down;
+    Layer qkv[3], o, gate_up[2], down;
     InputGrid grid[4]; // of the inputs of qkv, o, gate and up, down
 };
 
@@ -66,7 +66,6 @@ class Engine {
         void strip(const Ops *ops, const Layer &layer, int s, int tokens, float *out) const;
     };
     template <class Sink> void multiply(Ticket &ticket, const Layer *layers, int count, const Input &in, int tokens, int thread, Sink sink);
-    void gate_up(Ticket &ticket, const Block &w, int thread);
     void rotate(float *x, int token, const std::vector<float> &gain);
     void heads_of(int layer, int token, int head);
     void run(int thread, float *logits);
@@ -78,10 +77,10 @@ class Engine {
     Attention attention_;
     std::unique_ptr<Ticket[]> tickets_;
     const int *tokens_ = nullptr, *slots_ = nullptr, *positions_ = nullptr;
-    int n_ = 0, together_ = 1; // tokens of this step; strips of the gate that are read before those of the other half
+    int n_ = 0; // tokens of this step
     std::vector<int> wanted_;
-    std::vector<float> x_, qkv_, inner_, cosine_, sine_;
-    std::vector<std::vector<float>> scratch_, strip_, strip2_; // of each thread
+    std::vector<float> x_, qkv_, gate_up_, cosine_, sine_;
+    std::vector<std::vector<float>> scratch_, strip_; // of each thread
     Input in_, o_in_, down_in_, head_in_;
 };
 

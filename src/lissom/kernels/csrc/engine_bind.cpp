@@ -90,7 +90,7 @@ void bind_engine(nb::module_ &m) {
                  Block &b = e.blocks.at(i);
                  b.qkv[0] = shaped(q, queries, s.width, "q"), b.qkv[1] = shaped(k, keys, s.width, "k");
                  b.qkv[2] = shaped(v, keys, s.width, "v"), b.o = shaped(o, s.width, queries, "o");
-                 b.gate = shaped(gate, s.inner, s.width, "gate"), b.up = shaped(up, s.inner, s.width, "up");
+                 b.gate_up[0] = shaped(gate, s.inner, s.width, "gate"), b.gate_up[1] = shaped(up, s.inner, s.width, "up");
                  b.down = shaped(down, s.width, s.inner, "down");
                  b.norm1 = sized(norm1, s.width, "norm1"), b.norm2 = sized(norm2, s.width, "norm2");
                  b.q_norm = sized(q_norm, s.head_dim, "q_norm"), b.k_norm = sized(k_norm, s.head_dim, "k_norm");

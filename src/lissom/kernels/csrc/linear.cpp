@@ -1,5 +1,6 @@
 #include "linear.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -61,8 +62,9 @@ void linear(const Ops *ops, Pool &pool, const View &v, const float *x, int token
         for (int from, to; rows.take(v.strips, 2, from, to);)
             for (int s = from; s < to; s++) {
                 ops->strip(v, s, acts, 0, tokens, out.data());
-                const int n = v.rows - s * ROWS < ROWS ? v.rows - s * ROWS : ROWS;
-                for (int t = 0; t < tokens; t++) std::memcpy(y + (size_t)t * v.rows + s * ROWS, &out[(size_t)t * ROWS], n * sizeof(float));
+                const Where row = {s * ROWS, std::min(ROWS, v.rows - s * ROWS), v.order};
+                for (int t = 0; t < tokens; t++)
+                    for (int j = 0; j < row.count; j++) y[(size_t)t * v.rows + row[j]] = out[(size_t)t * ROWS + j];
             }
     });
 }

@@ -52,6 +52,8 @@ struct Layer {
     int columns() const { return binary ? binary->columns : matrix->view.columns; }
     int strips() const { return binary ? binary->strips : matrix->view.strips; }
     int G() const { return binary ? binary->G : matrix->view.G; }
+    // the rows of strip `s`
+    Where where(int s) const { return {s * ROWS, rows() - s * ROWS < ROWS ? rows() - s * ROWS : ROWS, binary ? nullptr : matrix->view.order}; }
 };
 
 // Sums of all 16 sign patterns of each four activations. Of each pair of quads 64 bytes: the low bytes of the sums of both, then

@@ -96,7 +96,9 @@ void put_slots(Kind kind, int N, int G, int base, const Raw &raw, bool may_spill
 View shape(Kind kind, int rows, int columns, int G, int N, int zeros, int zero, bool spill) {
     if (rows < 1 || columns < 1) throw std::invalid_argument("empty matrix");
     if (G != 32 && G != 64 && G != 128) throw std::invalid_argument("tiles have 32, 64 or 128 columns");
-    if ((kind == NM4 && (N < 2 || N > 16 || N % 2)) || (kind == NM8 && (N < 4 || N > 16 || N % 4)))
+    const bool by_row = kind == NM4 && N == 0;
+    if (by_row && spill) throw std::invalid_argument("slots of each strip have no spill list");
+    if ((kind == NM4 && !by_row && (N < 2 || N > 16 || N % 2)) || (kind == NM8 && (N < 4 || N > 16 || N % 4)))
         throw std::invalid_argument("bad number of slots");
     if (spill && kind != NM4) throw std::invalid_argument("only N:16 int4 has a spill list");
     View v{};
@@ -105,9 +107,40 @@ View shape(Kind kind, int rows, int columns, int G, int N, int zeros, int zero, 
     v.strips = (rows + ROWS - 1) / ROWS, v.tiles = (columns + G - 1) / G;
     v.zeros = zeros, v.zero = zero, v.spill = spill;
     const int payload = payload_bytes(kind, G, v.N);
-    if (!payload) throw std::invalid_argument("no such kind of matrix");
+    if (!payload && !by_row) throw std::invalid_argument("no such kind of matrix");
     v.tile_bytes = 32 + (zeros ? 16 : 0) + payload;
     return v;
+}
+
+size_t whole_lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// Bytes before the first strip.
+size_t prefix(const View &v) { return v.kind == NM4 && v.N == 0 ? whole_lines(v.strips) + whole_lines(4 * (size_t)v.rows) : 0; }
+
+// Points `v` to the slots and the order at the start of its data.
+void read_prefix(View &v, const uint8_t *data) {
+    if (!prefix(v)) return;
+    v.slots = data;
+    v.order = reinterpret_cast<const int32_t *>(data + whole_lines(v.strips));
+}
+
+// Rows by what they need, the most first, and the even number of slots that each strip of them takes.
+void arrange(int rows, int columns, int width, const uint8_t *values, const float *zero, const uint8_t *mask, uint8_t *slots, int32_t *order) {
+    const int groups = (columns + width - 1) / width;
+    std::vector<int> need(rows, 0);
+    for (int r = 0; r < rows; r++) {
+        order[r] = r;
+        for (int from = 0; from < columns; from += 16) {
+            int kept = 0;
+            for (int c = from; c < std::min(from + 16, columns); c++) {
+                const size_t i = (size_t)r * columns + c;
+                kept += (!mask || mask[i]) && values[i] != (uint8_t)zero[(size_t)r * groups + c / width];
+            }
+            need[r] = std::max(need[r], kept);
+        }
+    }
+    std::stable_sort(order, order + rows, [&](int32_t a, int32_t b) { return need[a] > need[b]; });
+    for (int r = 0; r < rows; r += ROWS) slots[r / ROWS] = (uint8_t)std::max(2, (need[order[r]] + 1) / 2 * 2);
 }
 
 } // namespace
@@ -130,10 +163,23 @@ std::unique_ptr<Matrix> borrow(Kind kind, int rows, int columns, int G, int N, i
     const auto need = [&](size_t bytes) {
         if (at + bytes + SLACK > size) throw std::invalid_argument("the data of a matrix is cut short");
     };
+    if (const size_t before = prefix(v)) {
+        need(before);
+        if (reinterpret_cast<uintptr_t>(data) % alignof(int32_t)) throw std::invalid_argument("the data of a matrix is not aligned");
+        read_prefix(v, data);
+        std::vector<bool> seen(rows);
+        for (int r = 0; r < rows; r++) {
+            if (v.order[r] < 0 || v.order[r] >= rows || seen[v.order[r]]) throw std::invalid_argument("the order of rows is none");
+            seen[v.order[r]] = true;
+        }
+        for (int s = 0; s < v.strips; s++)
+            if (v.slots[s] < 2 || v.slots[s] > 16 || v.slots[s] % 2) throw std::invalid_argument("bad number of slots");
+        at = before;
+    }
     for (int s = 0; s < v.strips; s++) {
         m->offset[s] = at;
         if (!spill) {
-            at += (size_t)v.tiles * v.tile_bytes;
+            at += (size_t)v.tiles * of_strip(v, s).tile_bytes;
             continue;
         }
         for (int t = 0; t < v.tiles; t++) { // where strips end depends on the lists
@@ -172,19 +218,27 @@ std::unique_ptr<Matrix> pack(Kind kind, int rows, int columns, int width, const 
     View &v = m->view;
     v = shape(kind, rows, columns, G, N, zeros, (int)zero[0], spill);
     const int header = 32 + (v.zeros ? 16 : 0);
+    const size_t before = prefix(v);
+    std::vector<int32_t> first((before + 3) / 4); // slots and order until there is a place for them
+    uint8_t *const front = reinterpret_cast<uint8_t *>(first.data());
+    read_prefix(v, front);
+    if (before) arrange(rows, columns, width, values, zero, mask, front, reinterpret_cast<int32_t *>(front + whole_lines(v.strips)));
 
     std::vector<std::vector<uint16_t>> spills;
-    std::vector<uint8_t> dense((size_t)v.strips * v.tiles * v.tile_bytes, 0);
+    std::vector<size_t> start((size_t)v.strips + 1, 0);
+    for (int s = 0; s < v.strips; s++) start[s + 1] = start[s] + (size_t)v.tiles * of_strip(v, s).tile_bytes;
+    std::vector<uint8_t> dense(start[v.strips], 0);
     if (spill) spills.resize((size_t)v.strips * v.tiles);
     Raw raw;
     raw.code.resize((size_t)ROWS * G), raw.keep.resize((size_t)ROWS * G);
     for (int s = 0; s < v.strips; s++)
         for (int t = 0; t < v.tiles; t++) {
-            uint8_t *tile = dense.data() + ((size_t)s * v.tiles + t) * v.tile_bytes;
+            const View one = of_strip(v, s);
+            uint8_t *tile = dense.data() + start[s] + (size_t)t * one.tile_bytes;
             const int group = t * G / width;
             for (int r = 0; r < ROWS; r++) {
-                const int row = s * ROWS + r;
-                const bool inside = row < rows;
+                const bool inside = s * ROWS + r < rows;
+                const int row = inside && v.order ? v.order[s * ROWS + r] : s * ROWS + r;
                 const size_t g = (size_t)row * groups + group;
                 const uint16_t half = inside ? float_to_half(scale[g]) : 0;
                 std::memcpy(tile + 2 * r, &half, 2);
@@ -205,21 +259,23 @@ std::unique_ptr<Matrix> pack(Kind kind, int rows, int columns, int width, const 
                 continue;
             }
             std::vector<uint16_t> list;
-            const int step = payload_bytes(kind, 16, v.N);
-            for (int c = 0; c < G; c += 16) put_slots(kind, v.N, G, c, raw, spill, tile + header + c / 16 * step, list);
+            const int step = payload_bytes(kind, 16, one.N);
+            for (int c = 0; c < G; c += 16) put_slots(kind, one.N, G, c, raw, spill, tile + header + c / 16 * step, list);
             if (list.size() > 65535) throw std::invalid_argument("spill list too long");
             m->spilled += list.size();
             if (spill) spills[(size_t)s * v.tiles + t] = std::move(list);
         }
 
-    m->allocate(dense.size() + (spill ? 2 * (spills.size() + m->spilled) : 0));
+    m->allocate(before + dense.size() + (spill ? 2 * (spills.size() + m->spilled) : 0));
     uint8_t *out = m->data.get();
+    if (before) std::memcpy(out, front, before), out += before;
     m->offset.resize(v.strips + 1);
     for (int s = 0; s < v.strips; s++) {
         m->offset[s] = (uint64_t)(out - m->data.get());
+        const int bytes = of_strip(v, s).tile_bytes;
         for (int t = 0; t < v.tiles; t++) {
             const size_t i = (size_t)s * v.tiles + t;
-            std::memcpy(out, dense.data() + i * v.tile_bytes, v.tile_bytes), out += v.tile_bytes;
+            std::memcpy(out, dense.data() + start[s] + (size_t)t * bytes, bytes), out += bytes;
             if (!spill) continue;
             const uint16_t count = (uint16_t)spills[i].size();
             std::memcpy(out, &count, 2), out += 2;
@@ -228,6 +284,7 @@ std::unique_ptr<Matrix> pack(Kind kind, int rows, int columns, int width, const 
     }
     m->offset[v.strips] = (uint64_t)(out - m->data.get());
     v.data = m->data.get(), v.offset = m->offset.data();
+    read_prefix(v, m->data.get());
     return m;
 }
 
@@ -271,96 +328,6 @@ std::unique_ptr<Matrix> round(int bits, int rows, int columns, const float *weig
             put_dense(kind, G, raw, tile + 32);
         }
     return m;
-}
-
-const uint8_t *decode_tile(const View &v, const uint8_t *tile, int16_t *w, float *scale, int from, int to) {
-    const int G = v.G;
-    int16_t zero[ROWS];
-    for (int r = 0; r < ROWS; r++) {
-        uint16_t half;
-        std::memcpy(&half, tile + 2 * r, 2);
-        scale[r] = half_to_float(half);
-        zero[r] = (int16_t)(v.zeros ? tile[32 + r] : v.zero);
-    }
-    const uint8_t *p = tile + 32 + (v.zeros ? 16 : 0);
-    std::memset(w + (size_t)from * G, 0, sizeof(int16_t) * (to - from) * G);
-    for (int r = from; r < to; r++) {
-        int16_t *row = w + (size_t)r * G;
-        const int half = r / 8 * 32, byte4 = 4 * (r % 8);
-        switch (v.kind) {
-        case D8:
-            for (int c = 0; c < G; c++) row[c] = (int16_t)((int8_t)p[c / 4 * 64 + half + byte4 + c % 4] + 128 - zero[r]);
-            break;
-        case D4:
-            for (int c = 0; c < G; c++) row[c] = (int16_t)((p[c / 8 * 64 + half + byte4 + c % 4] >> (c % 8 / 4 * 4) & 15) - zero[r]);
-            break;
-        case D6:
-            for (int c = 0; c < G; c++) {
-                const uint8_t *block = p + c / 32 * 384;
-                const int low = block[c % 32 / 8 * 64 + half + byte4 + c % 4] >> (c % 8 / 4 * 4) & 15;
-                const int high = block[256 + c % 32 / 16 * 64 + half + byte4 + c % 4] >> (c % 16 / 4 * 2) & 3;
-                row[c] = (int16_t)((low | high << 4) - zero[r]);
-            }
-            break;
-        case D2:
-            for (int c = 0; c < G; c++) row[c] = (int16_t)((p[c / 16 * 64 + half + byte4 + c % 4] >> (c % 16 / 4 * 2) & 3) - zero[r]);
-            break;
-        case D3:
-            for (int c = 0; c < G; c++) {
-                const uint8_t *block = p + c / 32 * 192;
-                const int low = block[c % 32 / 16 * 64 + half + byte4 + c % 4] >> (c % 16 / 4 * 2) & 3;
-                const int high = block[128 + half + byte4 + c % 4] >> (c % 32 / 4) & 1;
-                row[c] = (int16_t)((low | high << 2) - zero[r]);
-            }
-            break;
-        case NM4:
-            for (int g = 0; g < G / 16; g++)
-                for (int i = 0; i < v.N; i++) {
-                    const uint8_t b = p[g * v.N * 16 + i / 2 * 32 + 2 * r + i % 2];
-                    row[16 * g + (b & 15)] += (int16_t)((b >> 4) - zero[r]);
-                }
-            break;
-        case NM8:
-            for (int g = 0; g < G / 16; g++)
-                for (int i = 0; i < v.N; i++) {
-                    const uint8_t *block = p + g * v.N * 24 + i / 4 * 96;
-                    const int position = block[byte4 + i % 4] >> (r / 8 * 4) & 15;
-                    row[16 * g + position] += (int16_t)((int8_t)block[32 + half + byte4 + i % 4] + 128 - zero[r]);
-                }
-            break;
-        case N24:
-            for (int g = 0; g < G / 16; g++)
-                for (int quad = 0; quad < 4; quad++)
-                    for (int s = 0; s < 2; s++) {
-                        const uint8_t *block = p + g * 96;
-                        const int position = block[2 * r + s] >> (2 * quad) & 3;
-                        const int code = block[32 + quad / 2 * 32 + 2 * r + s] >> (quad % 2 * 4) & 15;
-                        row[16 * g + 4 * quad + position] += (int16_t)(code - zero[r]);
-                    }
-            break;
-        }
-    }
-    const uint8_t *end = tile + v.tile_bytes;
-    if (!v.spill) return end;
-    uint16_t count, e;
-    std::memcpy(&count, end, 2), end += 2;
-    for (int i = 0; i < count; i++, end += 2) {
-        std::memcpy(&e, end, 2);
-        const int r = e & 15;
-        if (r >= from && r < to) w[(size_t)r * G + (e >> 4 & 127)] += (int16_t)((e >> 11) - zero[r]);
-    }
-    return end;
-}
-
-void decode_row(const View &v, int row, float *out) {
-    int16_t w[ROWS * 128];
-    float scale[ROWS];
-    const uint8_t *tile = v.data + v.offset[row / ROWS];
-    const int r = row % ROWS;
-    for (int t = 0; t < v.tiles; t++) {
-        tile = decode_tile(v, tile, w, scale, r, r + 1);
-        for (int c = 0; c < v.G && t * v.G + c < v.columns; c++) out[t * v.G + c] = (float)w[r * v.G + c] * scale[r];
-    }
 }
 
 } // namespace lissom

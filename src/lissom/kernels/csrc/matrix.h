@@ -25,7 +25,8 @@ struct Matrix {
 };
 
 // values (rows, columns) u8, scale and zero (rows, groups) for groups of `width` columns, the last may be
-// shorter; mask (rows, columns) or null, 0 = weight is zero. G divides `width` or there is one group. N counts slots (NM4: even, NM8: a multiple of 4).
+// shorter; mask (rows, columns) or null, 0 = weight is zero. G divides `width` or there is one group. N counts slots (NM4: even, or 0: what
+// each strip of rows with alike needs takes; NM8: a multiple of 4).
 std::unique_ptr<Matrix> pack(Kind kind, int rows, int columns, int width, const uint8_t *values, const float *scale,
                              const float *zero, const uint8_t *mask, int G, int N, bool spill);
 

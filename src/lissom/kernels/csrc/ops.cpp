@@ -193,13 +193,20 @@ template <class B> void block(int r, int k, const float *a, int64_t lda, const B
 #endif
 
 namespace lissom {
+namespace {
+void any_strip(const View &v, int s, const Acts &x, int t0, int n, float *out) {
+    if (v.slots) return strip(of_strip(v, s), s, x, t0, n, out);
+    strip(v, s, x, t0, n, out);
+}
+} // namespace
+
 // null where the compiler has not what the table is named for
 const Ops *LISSOM_OPS() {
 #if (defined(LISSOM_WANT_AVX2) && !defined(LISSOM_AVX2)) || (defined(LISSOM_WANT_AVX512) && !defined(LISSOM_AVX512)) || \
     (defined(LISSOM_WANT_NEON) && !defined(LISSOM_NEON))
     return nullptr;
 #else
-    static const Ops table = {LISSOM_OPS_NAME, strip, quantize, block<uint16_t>, block<int8_t>, nibbles, exps, rmsnorm, silu_mul, bcq_strip, decide, decide_all};
+    static const Ops table = {LISSOM_OPS_NAME, any_strip, quantize, block<uint16_t>, block<int8_t>, nibbles, exps, rmsnorm, silu_mul, bcq_strip, decide, decide_all};
     return &table;
 #endif
 }

@@ -14,6 +14,9 @@
 //   D8   per 4 columns, per half: 32 bytes, byte 4r+j = code - 128, signed
 //   NM4  N of each 16 columns: per 16 columns, per pair of slots: 32 bytes, byte 2r+s =
 //        position | code << 4. Unused slots hold code = zero, so they add nothing.
+//        With N = 0 every strip has a number of slots of its own, and rows stand in the order of what they
+//        need: the matrix then begins with [strips x u8 slots] [rows x i32 row of the matrix], each
+//        filled up to 64 bytes.
 //   NM8  per 16 columns, per 4 slots: 32 bytes of positions (byte 4r+j: row r | row 8+r << 4), then
 //        per half 32 bytes of code - 128
 //   N24  2 of each 4 columns: per 16 columns 32 bytes of positions (byte 2r+s, bits 2k = position
@@ -41,9 +44,11 @@ struct View { // what a kernel sees of a packed matrix
     int32_t zeros;     // 1: zero points stored, 0: `zero` everywhere
     int32_t zero;
     int32_t spill;     // 1: tiles end with a spill list
-    int32_t tile_bytes; // header and payload, without spill list
+    int32_t tile_bytes; // header and payload (where strips have slots of their own: header), without spill list
     const uint8_t *data;
     const uint64_t *offset; // (strips + 1): byte offset of each strip
+    const uint8_t *slots;   // (strips) slots of each strip, null: N
+    const int32_t *order;   // (rows) which row of the matrix stands at each row of the strips, null: the same
 };
 
 struct Acts { // int8 activations with one scale for each group of G columns
@@ -96,6 +101,20 @@ static inline int payload_bytes(Kind kind, int G, int N) {
     }
     return 0;
 }
+
+// The view as strip `s` needs it.
+static inline View of_strip(const View &v, int s) {
+    View out = v;
+    if (v.slots) out.N = v.slots[s], out.tile_bytes += payload_bytes(v.kind, v.G, out.N);
+    return out;
+}
+
+// Rows of the matrix that a strip's rows are: `where[j]` for j < count.
+struct Where {
+    int first, count;
+    const int32_t *order;
+    int operator[](int j) const { return order ? order[first + j] : first + j; }
+};
 
 static inline float half_to_float(uint16_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000) << 16, e = (h >> 10) & 31, m = h & 1023, bits;

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...core import NM, Fixed, Problem, Solved
+from ...core import NM, Fixed, NMByRow, Problem, Solved
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,12 @@ class DSnoT:
 
 
 def group_of(mask: Tensor) -> int | None:
-    """M of the N:M pattern that ``mask`` has, if it has one: every group of M keeps equally many. None otherwise."""
+    """M of the N:M pattern that ``mask`` has, if it has one: every group of M, or every one of a row, keeps equally many."""
     for m in (4, 8, 16, 32):
         if mask.shape[1] % m == 0:
             counts = mask.reshape(len(mask), -1, m).sum(2)
-            if int(counts.min()) == int(counts.max()):
+            of_rows = counts.shape[1] > 1 and bool((counts == counts[:, :1]).all())
+            if of_rows or int(counts.min()) == int(counts.max()):
                 return m
     return None
 
@@ -95,7 +96,7 @@ def dsnot(problem: Problem, config: DSnoT) -> Solved:
         if part.pattern is None or (isinstance(part.pattern, Fixed) and not repairing):
             out.append(mask[rows])
             continue
-        m = part.pattern.m if isinstance(part.pattern, NM) else group_of(mask[rows])
+        m = part.pattern.m if isinstance(part.pattern, NM | NMByRow) else group_of(mask[rows])
         out.append(exchange(W[rows], mask[rows], stats.mean, stats.variance, stats.norm, m, config, part.within))
     mask = torch.cat(out)
     repaired = Problem(W, stats, problem.constraint.freeze(mask), problem.names)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...core import HOST, Fixed, LowRank, Plain, Problem, RecipeError, Solved, Sparse, Stacked
+from ...core import HOST, Fixed, LowRank, NMByRow, Plain, Problem, RecipeError, Solved, Sparse, Stacked
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def oats(problem: Problem, config: OATS) -> Solved:
             continue
         kept = 1 - pattern.p
         kappa = config.rank_share
-        if isinstance(pattern, Sparse):
+        if isinstance(pattern, Sparse | NMByRow):
             pattern = replace(pattern, p=1 - (1 - kappa) * kept)
         elif not isinstance(pattern, Fixed):
             kept /= 1 - kappa

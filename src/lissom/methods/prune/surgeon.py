@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...core import NM, Both, Fixed, Problem, Solved, Sparse, damped
+from ...core import NM, Both, Fixed, NMByRow, Problem, Solved, Sparse, damped
 from .least_squares import Refit, on_support
 
 
@@ -75,7 +75,7 @@ def unit_costs(W: Tensor, A: Tensor, G: Tensor, inverse_A: Tensor, inverse_G: Te
 def _part_way(part: Both, share: float) -> Both:
     """The constraint at ``share`` of its zeros."""
     pattern = part.pattern
-    if isinstance(pattern, Sparse):
+    if isinstance(pattern, Sparse | NMByRow):
         return replace(part, pattern=replace(pattern, p=share * pattern.p))
     if isinstance(pattern, NM):
         return replace(part, pattern=NM(pattern.m - round(share * (pattern.m - pattern.n)), pattern.m))
