@@ -157,7 +157,13 @@ DRIFT: dict[str, tuple[list[dict[str, Any]], float, float]] = {
 # the same on the record's 32 × 512 tokens
 MORE: dict[str, tuple[list[dict[str, Any]], float]] = {
     **{f"32 x 512, 70% clusters, alps, rows by Fisher^0.5, drift {d}": (RECORD, d) for d in (0, 0.25, 0.5, 0.75)},
-    **{f"32 x 512, 75% N:16 by layer, drift {d}": (shipped("sparse-n-16")[:-1], d) for d in (0, 0.25, 0.5, 0.75)},
+    **{
+        f"32 x 512, 75% N:16 by layer, drift {d}": (
+            [{"use": "channel-permutation"}, CLUSTERS, alps(sparsity=0.75, pattern="n:16")],
+            d,
+        )
+        for d in (0, 0.25, 0.5, 0.75)
+    },
     "32 x 512, 75% N:16 by row, drift 0.25": (rows_of_16(), 0.25),
     "32 x 512, 75% N:16 by row, permuted, drift 0.25": ([{"use": "channel-permutation"}, *rows_of_16()], 0.25),
     "32 x 512, 75% N:16 by row, rows by Fisher^0.5, drift 0.25": (rows_of_16(row_fisher=0.5), 0.25),

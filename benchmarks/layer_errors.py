@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lissom.core import NM, Pattern, Problem, Sparse, Stats
+from lissom.core import NM, NMByRow, Pattern, Problem, Sparse, Stats
 from lissom.export import open_model
 from lissom.methods import METHODS
 from lissom.methods.prune.oats import OATS, oats
@@ -91,12 +91,15 @@ def best_order(role: str, score: Tensor, n: int, m: int) -> Tensor:
 
 
 def groups(found: dict[tuple[int, str], tuple[Tensor, Stats]]) -> None:
-    print("| block | layer | by row | 4:16 | 8:32 | 4:16, inputs reordered |\n|---|---|---|---|---|---|")
+    print(
+        "| block | layer | by row | 4:16 | 8:32 | 4:16, inputs reordered | N:16 by row |\n|---|---|---|---|---|---|---|"
+    )
     for (i, role), (weight, stats) in found.items():
         base = error("alps", weight, stats, Sparse(0.75))
         tried = [error("alps", weight, stats, p) for p in (Sparse(0.75, "row"), NM(4, 16), NM(8, 32))]
         order = best_order(role, ria_score(weight, stats.norm, 0.5), 4, 16)
         tried.append(error("alps", weight[:, order], in_order(stats, order), NM(4, 16)))
+        tried.append(error("alps", weight, stats, NMByRow(0.75, 16)))
         print(f"| {i} | {role} | {' | '.join(f'{e / base:.2f}' for e in tried)} |", flush=True)
 
 

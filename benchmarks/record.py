@@ -25,7 +25,6 @@ WHOLE = ["--set", "bits=16", "--set", "embedding_bits=16"]  # zeros only
 DRIFT = 0.25  # as recipe `aggressive` has it
 SEEDS = (0, 1, 2)
 GAPS = (4, 6)
-BY_ROW = "n:16 by row"
 
 
 def once(seed: int) -> list[str]:
@@ -41,18 +40,21 @@ def gap(n: int, drift: float = DRIFT) -> dict[str, list[str]]:
     sparsity = 1 - n / 16
     share = ["--set", f"drift={drift}"]
     plain = ["--recipe", "alps", "--set", f"sparsity={sparsity}", *share]
-    layers = ["--recipe", "sparse-n-16", *WHOLE, "--set", f"sparsity={sparsity}", *share]
-    permuted = str(HERE / "recipes" / "n-16-permuted.yaml")
+    permuted, by_layer = (str(HERE / "recipes" / f"n-16-{name}.yaml") for name in ("permuted", "by-layer"))
+    layers = ["--recipe", by_layer, "--set", f"sparsity={sparsity}", *share]
+    by_row = ["--recipe", "sparse-n-16", *WHOLE, "--set", f"sparsity={sparsity}", *share]
     rows = {
         f"unstructured {sparsity:.1%}": plain,
         f"{n}:16": [*plain, "--set", f"pattern={n}:16"],
         f"{n}:16 permuted": ["--recipe", permuted, "--set", f"pattern={n}:16", *share],
-        f"{n}:16 by row": [*plain, "--set", f"pattern={BY_ROW}"],
+        f"{n}:16 by row": [*plain, "--set", "pattern=n:16 by row"],
         f"{2 * n}:32": [*plain, "--set", f"pattern={2 * n}:32"],
         f"clusters unstructured {sparsity:.1%}": best(sparsity, "--set", "row_fisher=0", *share),
         f"clusters N:16 {sparsity:.1%}": layers,
-        f"clusters N:16 by row {sparsity:.1%}": [*layers, "--set", f"pattern={BY_ROW}"],
+        f"clusters N:16 by row {sparsity:.1%}": [*by_row, "--set", "row_fisher=0"],
         f"clusters N:32 {sparsity:.1%}": [*layers, "--set", "pattern=n:32"],
+        f"clusters, Fisher unstructured {sparsity:.1%}": best(sparsity, *share),
+        f"clusters, Fisher N:16 by row {sparsity:.1%}": by_row,
     }
     return {f"{name}{_without(drift)}": arguments for name, arguments in rows.items()}
 
@@ -130,24 +132,27 @@ def record_table() -> list[str]:
     return lines
 
 
+def _names(budgets: str, sparsity: str) -> list[str]:
+    return [f"{budgets} {pattern} {sparsity}" for pattern in ("unstructured", "N:16", "N:16 by row", "N:32")]
+
+
 def gap_table() -> list[str]:
     lines = [
-        "| sparsity | drift | budgets | unstructured | N:16 | ratio | N:32 | ratio |",
-        "|---|---|---|---|---|---|---|---|",
+        "| sparsity | drift | budgets | unstructured | N:16 | ratio | N:16 by row | ratio | N:32 | ratio |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for n, drift in ((n, d) for n in GAPS for d in (DRIFT, 0)):
         s = f"{1 - n / 16:.1%}"
         for budgets, names in (
-            ("uniform", (f"unstructured {s}", f"{n}:16", f"{2 * n}:32")),
-            ("uniform, inputs reordered", (f"unstructured {s}", f"{n}:16 permuted", "")),
-            ("loss clusters", (f"clusters unstructured {s}", f"clusters N:16 {s}", f"clusters N:32 {s}")),
+            ("uniform", (f"unstructured {s}", f"{n}:16", f"{n}:16 by row", f"{2 * n}:32")),
+            ("uniform, inputs reordered", (f"unstructured {s}", f"{n}:16 permuted", "", "")),
+            ("loss clusters", _names("clusters", s)),
+            ("loss clusters, rows by Fisher", _names("clusters, Fisher", s)),
         ):
-            u, a, b = (perplexity(name and name + _without(drift)) for name in names)
-            if not (a or b):
-                continue
-            lines.append(
-                f"| {s} | {drift} | {budgets} | {number(u)} | {number(a)} | {ratio(a, u)} | {number(b)} | {ratio(b, u)} |"
-            )
+            beside, *others = (perplexity(name and name + _without(drift)) for name in names)
+            if any(others):
+                cells = (f"{number(p)} | {ratio(p, beside)}" for p in others)
+                lines.append(f"| {s} | {drift} | {budgets} | {number(beside)} | {' | '.join(cells)} |")
     return lines
 
 

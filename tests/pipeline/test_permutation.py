@@ -104,7 +104,13 @@ def test_the_pattern_is_that_of_the_pruning_step(tmp_path):
 def test_n_of_16_per_layer_on_permuted_channels_is_packed_with_indices(trained, tmp_path):
     """What is in the files: an index for each layer, N from its budget, no more than N in any 16, four of 16 on average."""
     out = tmp_path / "out"
-    lissom.compress(trained, out, "sparse-n-16", overrides=[*SMALL, f"calibration.data={tiny.__file__}"])
+    steps = [
+        {"use": "channel-permutation"},
+        {"use": "loss-clusters"},
+        {"use": "alps", "sparsity": 0.75, "pattern": "n:16"},
+        {"use": "gptq", "bits": 4, "group_size": 32},
+    ]
+    lissom.compress(trained, out, steps, overrides=[*SMALL, "format=packed", f"calibration.data={tiny.__file__}"])
     manifest = json.loads((out / "manifest.json").read_text())
     config = json.loads((out / "config.json").read_text())["quantization_config"]["layers"]
     tensors = {}

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import lissom
 import tiny
@@ -125,6 +126,17 @@ def test_n_of_m_by_row_in_shots_with_int4_behind_it(trained, tmp_path):
         kept = layer.mask.reshape(len(layer.mask), -1, 16).sum(2)
         assert bool((kept == kept[:, :1]).all()) and len(kept.unique()) > 1
         assert not layer.weight[~layer.mask].any()
+
+
+def test_recipe_sparse_n_16_packs_an_n_for_each_row(trained, tmp_path):
+    made = lissom.compress(
+        trained, tmp_path / "out", "sparse-n-16", overrides=[*SMALL, f"calibration.data={tiny.__file__}"]
+    )
+    assert made["sparsity"] == pytest.approx(0.75, abs=0.02)
+    stored = {name for file in (tmp_path / "out").glob("*.safetensors") for name in load_file(file)}
+    for r in made["layers"]:
+        assert r["pattern"] == "n:16" and r["bits"] == 4
+        assert {f"{r['name']}.kept", f"{r['name']}.index"} <= stored and f"{r['name']}.mask" not in stored
 
 
 def test_a_run_of_shots_that_is_killed_ends_with_the_same_bytes(trained, tmp_path, monkeypatch):
