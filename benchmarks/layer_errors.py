@@ -91,15 +91,16 @@ def best_order(role: str, score: Tensor, n: int, m: int) -> Tensor:
 
 
 def groups(found: dict[tuple[int, str], tuple[Tensor, Stats]]) -> None:
-    print(
-        "| block | layer | by row | 4:16 | 8:32 | 4:16, inputs reordered | N:16 by row |\n|---|---|---|---|---|---|---|"
-    )
+    columns = ("by row", "4:16", "8:32", "4:16, inputs reordered", "N:16 by row", "the same, inputs apart")
+    print(f"| block | layer | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}")
     for (i, role), (weight, stats) in found.items():
         base = error("alps", weight, stats, Sparse(0.75))
         tried = [error("alps", weight, stats, p) for p in (Sparse(0.75, "row"), NM(4, 16), NM(8, 32))]
         order = best_order(role, ria_score(weight, stats.norm, 0.5), 4, 16)
         tried.append(error("alps", weight[:, order], in_order(stats, order), NM(4, 16)))
         tried.append(error("alps", weight, stats, NMByRow(0.75, 16)))
+        apart = torch.arange(weight.shape[1]).reshape(16, -1).T.flatten()  # groups of inputs that stand in/16 apart
+        tried.append(error("alps", weight[:, apart], in_order(stats, apart), NMByRow(0.75, 16)))
         print(f"| {i} | {role} | {' | '.join(f'{e / base:.2f}' for e in tried)} |", flush=True)
 
 

@@ -34,7 +34,7 @@ def linear_shapes(shape: dict[str, int]) -> dict[str, tuple[int, int]]:
 
 
 def _pack(rows: int, columns: int, form: str, draw: np.random.Generator) -> Any:
-    """A packed matrix of random codes: "int4", "4:16 int4", … in groups of 64."""
+    """A packed matrix of random codes: "int4", "4:16 int4", … in groups of 64; "4:16 by row int4": rows keep 1 to 7, four on average."""
     pattern, _, kind = form.rpartition(" ")
     bits = _KINDS[kind]
     middle = 2 ** (bits - 1)
@@ -43,9 +43,11 @@ def _pack(rows: int, columns: int, form: str, draw: np.random.Generator) -> Any:
     zero = np.full_like(scale, middle)
     slots, mask = 0, None
     if pattern:
-        slots = int(pattern.split(":")[0])
+        kept = slots = int(pattern.split(":")[0])
+        if pattern.endswith("by row"):
+            kept, slots = 1 + draw.binomial(2 * (slots - 1), 0.5, (rows, 1)), 0  # slots: what each strip needs
         order = draw.permuted(np.tile(np.arange(16, dtype=np.uint8), (rows * columns // 16, 1)), axis=1)
-        mask = (order < slots).reshape(rows, columns).astype(np.uint8)
+        mask = (order.reshape(rows, columns) < kept).astype(np.uint8)
     number = {4: 104, 8: 108}[bits] if pattern else bits
     assert extension is not None
     return extension.Matrix.pack(number, values, scale, zero, mask, 64, 64, slots, False)
