@@ -121,12 +121,12 @@ void Engine::run(int thread, float *logits) {
         }
         pool_.barrier();
         const int first[3] = {0, m.heads * m.head_dim, (m.heads + m.kv_heads) * m.head_dim};
-        multiply(ticket[0], w.qkv, 3, in_, n_, thread, [&](int i, Where r, const float *out) {
-            for (int t = 0; t < n_; t++)
-                for (int j = 0; j < r.count; j++) {
-                    const int at = first[i] + r[j];
-                    qkv_[(size_t)t * row + at] = out[t * ROWS + j] + (w.bias.empty() ? 0.0f : w.bias[at]);
-                }
+        multiply(ticket[0], w.qkv, 3, in_, n_, thread, [&](int i, Where where, const float *out) {
+            const float *bias = w.bias.empty() ? nullptr : &w.bias[first[i]];
+            for (int t = 0; t < n_; t++) {
+                float *to = &qkv_[(size_t)t * row + first[i]];
+                where.each([=, one = out + t * ROWS](int j, int r) { to[r] = one[j] + (bias ? bias[r] : 0.0f); });
+            }
         });
         pool_.barrier();
         for (int i = thread; i < n_ * m.kv_heads; i += threads) heads_of(layer, i / m.kv_heads, i % m.kv_heads);
@@ -140,9 +140,11 @@ void Engine::run(int thread, float *logits) {
         }
         pool_.barrier();
         const auto add = [&](const std::vector<float> &bias) {
-            return [&](int, Where r, const float *out) {
-                for (int t = 0; t < n_; t++)
-                    for (int j = 0; j < r.count; j++) x_[(size_t)t * m.width + r[j]] += out[t * ROWS + j] + (bias.empty() ? 0.0f : bias[r[j]]);
+            return [&, b = bias.empty() ? nullptr : bias.data()](int, Where where, const float *out) {
+                for (int t = 0; t < n_; t++) {
+                    float *to = &x_[(size_t)t * m.width];
+                    where.each([=, one = out + t * ROWS](int j, int r) { to[r] += one[j] + (b ? b[r] : 0.0f); });
+                }
             };
         };
         multiply(ticket[2], &w.o, 1, o_in_, n_, thread, add(w.o_bias));
@@ -152,9 +154,11 @@ void Engine::run(int thread, float *logits) {
             in_.set(ops_, t, tmp, m.width, w.grid[2]);
         }
         pool_.barrier();
-        multiply(ticket[3], w.gate_up, 2, in_, n_, thread, [&](int i, Where r, const float *out) {
-            for (int t = 0; t < n_; t++)
-                for (int j = 0; j < r.count; j++) gate_up_[(size_t)(2 * t + i) * m.inner + r[j]] = out[t * ROWS + j];
+        multiply(ticket[3], w.gate_up, 2, in_, n_, thread, [&](int i, Where where, const float *out) {
+            for (int t = 0; t < n_; t++) {
+                float *to = &gate_up_[(size_t)(2 * t + i) * m.inner];
+                where.each([=, one = out + t * ROWS](int j, int r) { to[r] = one[j]; });
+            }
         });
         pool_.barrier();
         for (int t = thread; t < n_; t += threads) {
@@ -174,9 +178,11 @@ void Engine::run(int thread, float *logits) {
     }
     pool_.barrier();
     const Layer last{head};
-    multiply(*ticket, &last, 1, head_in_, wanted, thread, [&](int, Where r, const float *out) {
-        for (int i = 0; i < wanted; i++)
-            for (int j = 0; j < r.count; j++) logits[(size_t)i * m.vocabulary + r[j]] = out[i * ROWS + j];
+    multiply(*ticket, &last, 1, head_in_, wanted, thread, [&](int, Where where, const float *out) {
+        for (int i = 0; i < wanted; i++) {
+            float *to = logits + (size_t)i * m.vocabulary;
+            where.each([=, one = out + i * ROWS](int j, int r) { to[r] = one[j]; });
+        }
     });
 }
 

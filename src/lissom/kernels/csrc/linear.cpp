@@ -63,8 +63,10 @@ void linear(const Ops *ops, Pool &pool, const View &v, const float *x, int token
             for (int s = from; s < to; s++) {
                 ops->strip(v, s, acts, 0, tokens, out.data());
                 const Where row = {s * ROWS, std::min(ROWS, v.rows - s * ROWS), v.order};
-                for (int t = 0; t < tokens; t++)
-                    for (int j = 0; j < row.count; j++) y[(size_t)t * v.rows + row[j]] = out[(size_t)t * ROWS + j];
+                for (int t = 0; t < tokens; t++) {
+                    float *to = y + (size_t)t * v.rows;
+                    row.each([&, one = &out[(size_t)t * ROWS]](int j, int r) { to[r] = one[j]; });
+                }
             }
     });
 }

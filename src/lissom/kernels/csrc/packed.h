@@ -109,11 +109,17 @@ static inline View of_strip(const View &v, int s) {
     return out;
 }
 
-// Rows of the matrix that a strip's rows are: `where[j]` for j < count.
+// Which rows of the matrix a strip's rows are.
 struct Where {
     int first, count;
     const int32_t *order;
-    int operator[](int j) const { return order ? order[first + j] : first + j; }
+    // f(j, row of the matrix) for the strip's rows j
+    template <class F> void each(F f) const {
+        if (order)
+            for (int j = 0; j < count; j++) f(j, order[first + j]);
+        else
+            for (int j = 0; j < count; j++) f(j, first + j);
+    }
 };
 
 static inline float half_to_float(uint16_t h) {

@@ -43,6 +43,14 @@ inline __m256i widen(__m256i sum, __m256i acc) { // acc32 += pairs of 16-bit sum
     return _mm256_add_epi32(acc, _mm256_madd_epi16(sum, _mm256_set1_epi16(1)));
 }
 
+// Asks for the bytes that are read a page later, when single tokens are decoded: on a Zen 3 worth a third with one thread, a quarter
+// with two (benchmarks/RUNTIME.md). A Zen 4 loses a quarter by it, and runs the kernels of strip_avx512.h, which do not.
+constexpr int AHEAD = 4096;
+template <int T> inline void ahead(const uint8_t *tile, int bytes) {
+    if constexpr (T == 1)
+        for (int i = 0; i < bytes; i += 64) _mm_prefetch((const char *)tile + AHEAD + i, _MM_HINT_T0);
+}
+
 inline void finish(__m256i a, __m256 scale, float sx, float *out) {
     _mm256_storeu_ps(out, _mm256_fmadd_ps(_mm256_cvtepi32_ps(a), _mm256_mul_ps(scale, _mm256_set1_ps(sx)), _mm256_loadu_ps(out)));
 }
@@ -106,6 +114,7 @@ template <int K, int T> void dense(const View &v, const uint8_t *tile, const Act
     const int block = payload_bytes((Kind)K, 32, 0), header = 32 + (v.zeros ? 16 : 0);
     const int8_t *q = x.q + (int64_t)t0 * x.stride;
     for (int t = 0; t < v.tiles; t++, tile += v.tile_bytes) {
+        ahead<T>(tile, v.tile_bytes);
         __m256i sum[T][2];
         for (int i = 0; i < T; i++) sum[i][0] = sum[i][1] = _mm256_setzero_si256();
         const uint8_t *p = tile + header;
@@ -130,6 +139,7 @@ template <int T> void dense8(const View &v, const uint8_t *tile, const Acts &x, 
     const int8_t *q = x.q + (int64_t)t0 * x.stride;
     const __m256 middle = _mm256_set1_ps(128);
     for (int t = 0; t < v.tiles; t++, tile += v.tile_bytes) {
+        ahead<T>(tile, v.tile_bytes);
         __m256i sum[T][2];
         for (int i = 0; i < T; i++) sum[i][0] = sum[i][1] = _mm256_setzero_si256();
         const uint8_t *p = tile + header;
@@ -179,6 +189,7 @@ template <int K, int P, int T> void gathered(const View &v, const uint8_t *tile,
     const int header = 32 + (v.zeros ? 16 : 0), step = K == N24 ? 96 : 32 * P;
     const int8_t *q = x.q + (int64_t)t0 * x.stride;
     for (int t = 0; t < v.tiles; t++) {
+        ahead<T>(tile, v.tile_bytes);
         const Head h = head(v, tile);
         __m256i sum[T][2], acc[T];
         for (int i = 0; i < T; i++) sum[i][0] = sum[i][1] = acc[i] = _mm256_setzero_si256();
@@ -234,6 +245,7 @@ template <int T> void gathered8(const View &v, const uint8_t *tile, const Acts &
     const bool shifted = v.zeros || v.zero != 128; // then the sum of gathered activations is needed too
     const __m256i low = _mm256_set1_epi8(15), one = _mm256_set1_epi8(1);
     for (int t = 0; t < v.tiles; t++, tile += v.tile_bytes) {
+        ahead<T>(tile, v.tile_bytes);
         __m256i sum[T][2], plain[T][2];
         for (int i = 0; i < T; i++) sum[i][0] = sum[i][1] = plain[i][0] = plain[i][1] = _mm256_setzero_si256();
         const uint8_t *p = tile + header;
