@@ -49,6 +49,17 @@ def test_ragged_streams_come_back(pairs):
     assert unpack_ragged(data, widths).tolist() == values.tolist()
 
 
+def test_ragged_streams_of_several_runs_come_back():
+    draw = np.random.default_rng(0)
+    widths = draw.integers(0, 15, 2**16 + 77)
+    values = draw.integers(0, 2**30, widths.size) % 2**widths
+    data = pack_ragged(values, widths)
+    total, last = int(widths.sum()), int(widths[-9:].sum())
+    end = np.unpackbits(data, count=total, bitorder="little")[total - last :]
+    assert np.array_equal(np.packbits(end, bitorder="little"), pack_ragged(values[-9:], widths[-9:]))
+    assert np.array_equal(unpack_ragged(data, widths), values)
+
+
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (4, 2), (5, 3), (8, 4), (7, 7), (9, 1)])
 def test_ranks_number_the_combinations_in_colexicographic_order(m, n):
     every = sorted(combinations(range(m), n), key=lambda c: c[::-1])

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from lissom.core import FormatError
 
 MAX_GROUP = 63  # C(63, 31) < 2⁶³, so ranks fit in int64
+_RUN = 1 << 16
 
 
 def stream_bytes(count: int, width: int) -> int:
@@ -91,8 +92,8 @@ def unpack_bits(data: NDArray[np.uint8], width: int, count: int) -> NDArray:
 
 def pack_ragged(values: NDArray[np.int64], widths: NDArray) -> NDArray[np.uint8]:
     """Like :func:`pack_bits` with a width for each value."""
-    keep = np.arange(64)[None, :] < widths[:, None]
-    return np.packbits(_bits_of(values)[keep], bitorder="little")
+    bits = [_bits_of(values[run])[_used(widths[run])] for run in _runs(widths.size)]
+    return np.packbits(np.concatenate([np.zeros(0, np.uint8), *bits]), bitorder="little")
 
 
 def unpack_ragged(data: NDArray[np.uint8], widths: NDArray) -> NDArray[np.int64]:
@@ -100,9 +101,22 @@ def unpack_ragged(data: NDArray[np.uint8], widths: NDArray) -> NDArray[np.int64]
     total = int(widths.sum(dtype=np.int64))
     if data.size != stream_bytes(total, 1):
         raise FormatError(f"a stream of {total} bits holds {data.size} bytes instead of {stream_bytes(total, 1)}")
-    bits = np.zeros((widths.size, 64), np.uint8)
-    bits[np.arange(64)[None, :] < widths[:, None]] = np.unpackbits(data, count=total, bitorder="little")
-    return _values_of(bits)
+    stream, out, at = np.unpackbits(data, count=total, bitorder="little"), np.zeros(widths.size, np.int64), 0
+    for run in _runs(widths.size):
+        used = _used(widths[run])
+        bits, count = np.zeros(used.shape, np.uint8), int(used.sum())
+        bits[used] = stream[at : at + count]
+        out[run], at = _values_of(bits), at + count
+    return out
+
+
+def _runs(count: int) -> list[slice]:
+    """Runs of values whose bits, a byte each, take some megabytes."""
+    return [slice(at, at + _RUN) for at in range(0, count, _RUN)]
+
+
+def _used(widths: NDArray) -> NDArray[np.bool_]:
+    return np.arange(64)[None, :] < widths[:, None]
 
 
 def rank_width(m: int, n: int) -> int:

@@ -1,7 +1,8 @@
 """Which weights of a layer are stored: masks as streams, and entries picked by them or put back.
 
 A mask (out, in) is written as the smallest of: nothing (all weights stored), one bit a weight, blocks of counts and ranks;
-for N:M as the rank of the N kept positions of every group of M inputs; for n:M, whose rows each have an N, behind those. "Wide": columns padded to whole groups.
+for N:M as the rank of the N kept positions of every group of M inputs, for n:M as the N of every row and those ranks.
+"Wide": columns padded to whole groups.
 """
 
 from __future__ import annotations
