@@ -92,10 +92,8 @@ def test_n_of_16(n, bits):
 
 def by_row(rows, columns, most, seed=0):
     """A mask of N:16 with N from 0 to ``most`` for each row."""
-    g = torch.Generator().manual_seed(seed)
-    n = torch.randint(0, most + 1, (rows, 1, 1), generator=g)
-    mask = torch.rand(rows, -(-columns // 16), 16, generator=g).argsort(2) < n
-    return mask.reshape(rows, -1)[:, :columns].contiguous()
+    n = torch.randint(0, most + 1, (rows, 1, 1), generator=torch.Generator().manual_seed(seed))
+    return n_of_16(rows, columns, n, seed)
 
 
 @pytest.mark.parametrize("most", [0, 3, 8, 16])

@@ -58,17 +58,25 @@ def test_a_mapped_model_is_the_same(tmp_path, monkeypatch):
         assert np.array_equal(a, b) and np.array_equal(a, c)
 
 
+def four_bits(weight):
+    """Codes of ``weight`` around 8, those far out cut off."""
+    import torch
+
+    from lissom.run.load import rounded
+
+    codes = rounded(weight)
+    codes.values.clamp_(121, 135).sub_(120)
+    return type(codes)(codes.values, codes.scale, torch.full_like(codes.zero, 8.0), 4, codes.group_size)
+
+
 def test_spill_lists_and_binary_weights_are_mapped_too():
     import torch
 
     from lissom.kernels import Form, Packed, PackedBinary
-    from lissom.run.load import rounded
 
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(40, 128, generator=g)
-    codes = rounded(weight)
-    codes.values.clamp_(121, 135).sub_(120)
-    codes = type(codes)(codes.values, codes.scale, torch.full_like(codes.zero, 8.0), 4, codes.group_size)
+    codes = four_bits(weight)
     matrix = Packed(codes, torch.rand(40, 128, generator=g) < 0.3, Form("n:16 int4", 4, True)).matrix
     assert matrix.spilled
     x = torch.randn(3, 128, generator=g).numpy()
@@ -96,12 +104,9 @@ def test_strips_with_slots_of_their_own_are_mapped_and_checked():
     import torch
 
     from lissom.kernels import Form, Packed
-    from lissom.run.load import rounded
 
     g = torch.Generator().manual_seed(0)
-    codes = rounded(torch.randn(40, 128, generator=g))
-    codes.values.clamp_(121, 135).sub_(120)
-    codes = type(codes)(codes.values, codes.scale, torch.full_like(codes.zero, 8.0), 4, codes.group_size)
+    codes = four_bits(torch.randn(40, 128, generator=g))
     mask = torch.rand(40, 8, 16, generator=g).argsort(2) < torch.arange(40)[:, None, None] % 9
     matrix = Packed(codes, mask.reshape(40, 128), Form("n:16 int4")).matrix
     data = np.array(matrix.data)

@@ -35,15 +35,18 @@ void strips(const Ops *ops, Kind kind, int G, int N, bool symmetric, bool spill)
     if (!symmetric)
         for (auto &z : zero) z = (float)below(top + 1);
     for (auto &v : x) v = normal();
-    if (N)
+    const bool masked = N || kind == NM4; // NM4 with N = 0: every row has an N of its own
+    int n = N;
+    if (masked)
         for (size_t i = 0; i < mask.size(); i += 16) {
+            if (!N && i % columns == 0) n = below(17);
             for (int j = 0; j < 16; j++) mask[i + j] = spill ? below(16) < N : 0;
-            for (int kept = 0; !spill && kept < N;) {
+            for (int kept = 0; !spill && kept < n;) {
                 const int j = kind == N24 ? kept / 2 * 4 + below(4) : below(16);
                 if (!mask[i + j]) mask[i + j] = 1, kept++;
             }
         }
-    const auto m = pack(kind, rows, columns, G, values.data(), scale.data(), zero.data(), N ? mask.data() : nullptr, G, N, spill);
+    const auto m = pack(kind, rows, columns, G, values.data(), scale.data(), zero.data(), masked ? mask.data() : nullptr, G, N, spill);
     Quantized acts;
     acts.reserve(tokens, columns, G);
     for (int t = 0; t < tokens; t++) acts.set(ops_portable(), t, x.data() + (size_t)t * columns);
@@ -99,7 +102,7 @@ int main() {
             for (int G : {32, 64, 128})
                 for (bool symmetric : {true, false}) {
                     for (Kind kind : {D2, D3, D4, D6, D8}) strips(ops, kind, G, 0, symmetric, false);
-                    for (int N = 2; N <= 16; N += 2) strips(ops, NM4, G, N, symmetric, false);
+                    for (int N = 0; N <= 16; N += 2) strips(ops, NM4, G, N, symmetric, false);
                     for (int N = 4; N <= 16; N += 4) strips(ops, NM8, G, N, symmetric, false);
                     strips(ops, NM4, G, 4, symmetric, true);
                     strips(ops, N24, G, 8, symmetric, false);

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from lissom.core import NM, LowRank, Plain, Problem, RecipeError, Sparse, Stats, damped
+from lissom.core import NM, LowRank, NMByRow, Plain, Problem, RecipeError, Sparse, Stats, damped
 from lissom.methods.prune.dsnot import DSnoT, dsnot, exchange, group_of
 from lissom.methods.prune.l_obs import LOBS, l_obs, removal_losses
 from lissom.methods.prune.oats import OATS, decompose, oats
@@ -190,6 +190,8 @@ def test_the_group_of_a_mask():
     assert group_of(mask) == 4
     mask[0, 0] = not mask[0, 0]
     assert group_of(mask) is None
+    assert group_of(NMByRow(0.6, 16).select(torch.rand(40, 64))) == 16
+    assert group_of(Sparse(0.6).select(torch.rand(40, 64))) is None
 
 
 def test_oats_without_factors_is_wanda_and_with_them_spends_the_same():
