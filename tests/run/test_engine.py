@@ -86,20 +86,26 @@ def test_sliding_window_forgets(tmp_path):
     assert not np.array_equal(engine.step(a)[0], engine.step(b)[0])
 
 
-def test_codes_are_packed_as_they_are(llama):
-    """4-bit N:16 layers: same function as torch with the decoded weights."""
-    model = Model(open_checkpoint(llama))
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])  # without and with biases of q, k and v
+@pytest.mark.parametrize("form", ["4:16 int4", "N:16 by row int4"])
+def test_codes_are_packed_as_they_are(form, kind, tmp_path):
+    """4-bit N:16 layers, also with rows in another order: same function as torch with the decoded weights."""
+    tiny_model(kind, tmp_path, **KINDS[kind])
+    model = Model(open_checkpoint(tmp_path))
     kept = {}
 
     def compress(name, weight):
-        keep = (torch.arange(weight.shape[1]) % 4 == 1).expand_as(weight)
+        place, row = torch.arange(weight.shape[1]) % 16, torch.arange(len(weight))[:, None]
+        keep = (place % 4 == 1).expand_as(weight) if form[0] == "4" else place <= row * 5 % 7
         columns = weight.shape[1]
         codes = Codes.round(weight * keep, Grid(4, columns).fit_all(weight * keep), 4)
         kept[name] = codes.decode() * keep
         return codes, keep
 
     engine = Engine(model, context=128, compress=compress)
-    assert set(engine.layers.forms.values()) == {"4:16 int4", "int8"}  # int8: embedding and head
+    forms = [engine.layers.forms[linear.name] for i in range(model.blocks) for linear in model.linears(i)]
+    # a layer of one strip has one number of slots
+    assert set(forms) == {form} if form[0] == "4" else forms.count(form) > len(forms) // 2
     assert engine.bytes_per_token < Engine(model, context=128).bytes_per_token
     ids = tokens(50)
     h = model.embed(torch.from_numpy(ids)[None])
